@@ -1,0 +1,42 @@
+//go:build !linux
+
+package archive
+
+import (
+	"context"
+	"errors"
+	"io"
+)
+
+// Layers are an affair of Linux: on other systems the package has its types, so that
+// importers build there, and every call is errors.ErrUnsupported.
+
+// Unpack is for Linux only.
+func Unpack(context.Context, string, io.Reader, UnpackOptions) (Stats, error) {
+	return Stats{}, errors.ErrUnsupported
+}
+
+// Pack is for Linux only.
+func Pack(context.Context, string, PackOptions) (Reader, error) {
+	return nil, errors.ErrUnsupported
+}
+
+// Changes is for Linux only.
+func Changes(context.Context, string, ChangesOptions) ([]Change, error) {
+	return nil, errors.ErrUnsupported
+}
+
+// Compare is for Linux only.
+func Compare(context.Context, string, string) ([]Change, error) {
+	return nil, errors.ErrUnsupported
+}
+
+// Usage is for Linux only.
+func Usage(context.Context, string) (Stats, error) {
+	return Stats{}, errors.ErrUnsupported
+}
+
+// OpenFile is for Linux only.
+func OpenFile(string, string) (io.ReadCloser, error) {
+	return nil, errors.ErrUnsupported
+}
