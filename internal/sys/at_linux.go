@@ -3,6 +3,7 @@ package sys
 import (
 	"io"
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -109,3 +110,41 @@ func WriteFull(fd int, buf []byte) error {
 // ProcPath names an open descriptor, O_PATH too, for the calls that take only a path.
 // It names the file itself, a symlink too: nothing is followed beyond it.
 func ProcPath(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
+
+// OpenBeneath opens, as O_PATH, a directory by a path of some components beneath dirfd,
+// none of them a symlink. Kernels before openat2 (5.6, commit fddb5d430ad9) walk one by one.
+func OpenBeneath(dirfd int, path string) (int, error) {
+	how := unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC | unix.O_NOFOLLOW,
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
+	}
+	for {
+		fd, err := unix.Openat2(dirfd, path, &how)
+		switch err {
+		case unix.EINTR, unix.EAGAIN: // EAGAIN: a rename somewhere raced with RESOLVE_BENEATH
+			continue
+		case unix.ENOSYS, unix.EPERM: // EPERM: seccomp filters that don't know the call
+			return walkBeneath(dirfd, path)
+		}
+		return fd, err
+	}
+}
+
+// walkBeneath is OpenBeneath by one openat a component.
+func walkBeneath(dirfd int, path string) (int, error) {
+	fd := -1
+	for name := range strings.SplitSeq(path, "/") {
+		if name == "" || name == "." || name == ".." {
+			return -1, unix.EINVAL
+		}
+		next, err := Openat(dirfd, name, unix.O_PATH|unix.O_DIRECTORY, 0)
+		if fd >= 0 {
+			_ = Close(fd)
+		}
+		if err != nil {
+			return -1, err
+		}
+		fd, dirfd = next, next
+	}
+	return fd, nil
+}

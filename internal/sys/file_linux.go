@@ -1,0 +1,123 @@
+package sys
+
+import (
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrNotRegular says that something else than a regular file stands at a name.
+var ErrNotRegular = errors.New("not a regular file")
+
+// ReadFileAt returns the content of the regular file name beneath dirfd. A symlink is
+// not followed, a fifo does not block, and a file longer than limit bytes is an error.
+func ReadFileAt(dirfd int, name string, limit int) (data []byte, err error) {
+	// O_NONBLOCK: an open of a fifo would wait for a writer that never comes.
+	fd, err := Openat(dirfd, name, unix.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = Close(fd) }()
+	var st unix.Stat_t
+	if err := Fstat(fd, &st); err != nil {
+		return nil, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return nil, ErrNotRegular
+	}
+	buf := make([]byte, min(st.Size, int64(limit))+1)
+	for n := 0; ; {
+		if n > limit {
+			return nil, fmt.Errorf("longer than %d bytes", limit)
+		}
+		if n == len(buf) {
+			buf = append(buf, make([]byte, len(buf))...)
+		}
+		m, err := Read(fd, buf[n:])
+		if err != nil {
+			return nil, err
+		}
+		if m == 0 {
+			return buf[:n], nil
+		}
+		n += m
+	}
+}
+
+// WriteFileAt makes the file name beneath dirfd, which must not exist, with exactly
+// this mode whatever the umask.
+func WriteFileAt(dirfd int, name string, data []byte, mode uint32) (err error) {
+	fd, err := Openat(dirfd, name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL, mode)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, Close(fd)) }()
+	if err := unix.Fchmod(fd, mode); err != nil {
+		return err
+	}
+	return WriteFull(fd, data)
+}
+
+// Mkdirat makes the directory name beneath dirfd with exactly this mode whatever the umask.
+func Mkdirat(dirfd int, name string, mode uint32) error {
+	if err := retry(func() error { return unix.Mkdirat(dirfd, name, mode) }); err != nil {
+		return err
+	}
+	return unix.Fchmodat(dirfd, name, mode, 0)
+}
+
+// IsDirat returns nil if name beneath dirfd is a directory, and not a symlink to one.
+func IsDirat(dirfd int, name string) error {
+	var st unix.Stat_t
+	if err := Fstatat(dirfd, name, &st); err != nil {
+		return err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		return unix.ENOTDIR
+	}
+	return nil
+}
+
+// ReadNames calls f with the name of each entry of the open directory fd, in the
+// filesystem's order, until f returns false. The position of fd is moved.
+func ReadNames(fd int, f func(name string) bool) error {
+	buf := make([]byte, 32<<10)
+	for {
+		n, err := unix.ReadDirent(fd, buf)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			return nil
+		}
+		names := make([]string, 0, 64)
+		if _, _, names = unix.ParseDirent(buf[:n], -1, names); len(names) == 0 {
+			continue
+		}
+		for _, name := range names {
+			if !f(name) {
+				return nil
+			}
+		}
+	}
+}
+
+// RenameNoReplace renames a directory to a name that must not exist. A filesystem without
+// RENAME_NOREPLACE (Linux 3.15, commit 0a7c3937a1f2) gets a plain rename, which refuses all but an empty directory.
+func RenameNoReplace(olddir int, oldname string, newdir int, newname string) error {
+	err := unix.Renameat2(olddir, oldname, newdir, newname, unix.RENAME_NOREPLACE)
+	if err == unix.EINVAL || err == unix.ENOSYS {
+		err = unix.Renameat(olddir, oldname, newdir, newname)
+	}
+	return err
+}
+
+// Flock takes (LOCK_SH, LOCK_EX, with or without LOCK_NB) or releases (LOCK_UN) the lock of an open file.
+func Flock(fd, how int) error {
+	return retry(func() error { return unix.Flock(fd, how) })
+}
+

@@ -1,0 +1,200 @@
+package sys
+
+import (
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// maxOpenDirs bounds the descriptors that RemoveAllAt holds for nested directories.
+	maxOpenDirs = 64
+	// removeBatch is how many names of a directory RemoveAllAt holds at a time.
+	removeBatch = 4096
+)
+
+// RemoveAllAt removes name beneath dirfd with all it holds, without following a
+// symlink and without entering another mount: a mount beneath is EXDEV or EBUSY. What
+// is gone already is no error. Nesting of any depth takes a bounded number of descriptors.
+func RemoveAllAt(dirfd int, name string) (err error) {
+	if err := unlinkAny(dirfd, name); !notEmpty(err) {
+		return err
+	}
+	r := remover{}
+	defer func() { err = errors.Join(err, r.close()) }()
+	if err := r.enter(dirfd, name); err != nil {
+		return ignoreGone(err)
+	}
+	for len(r.frames) > 0 {
+		if err := r.step(dirfd); err != nil {
+			return fmt.Errorf("remove %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// remover is a walk through a tree that is being removed; frames are the directories from
+// the top to the one at work. All but the deepest few are closed and opened again by "..".
+type remover struct{ frames []removeFrame }
+
+type removeFrame struct {
+	fd       int // -1 while closed
+	name     string
+	dev, ino uint64
+	names    []string // read, not removed yet
+}
+
+// step removes one entry, enters one directory, or leaves an empty one. Top is where the whole tree hangs.
+func (r *remover) step(top int) error {
+	f := &r.frames[len(r.frames)-1]
+	if len(f.names) == 0 {
+		if err := f.read(); err != nil {
+			return err
+		}
+		if len(f.names) == 0 {
+			return r.leave(top)
+		}
+	}
+	name := f.names[len(f.names)-1]
+	err := unlinkAny(f.fd, name)
+	if notEmpty(err) {
+		return ignoreGone(r.enter(f.fd, name))
+	}
+	f.names = f.names[:len(f.names)-1]
+	return err
+}
+
+// read takes the next names of the directory.
+func (f *removeFrame) read() error {
+	if _, err := unix.Seek(f.fd, 0, unix.SEEK_SET); err != nil {
+		return err
+	}
+	return ReadNames(f.fd, func(name string) bool {
+		f.names = append(f.names, name)
+		return len(f.names) < removeBatch
+	})
+}
+
+// enter makes the directory name beneath dirfd the one at work.
+func (r *remover) enter(dirfd int, name string) error {
+	fd, err := openSameMount(dirfd, name)
+	if err != nil {
+		return err
+	}
+	var st unix.Stat_t
+	if err := Fstat(fd, &st); err != nil {
+		return errors.Join(err, Close(fd))
+	}
+	r.frames = append(r.frames, removeFrame{fd: fd, name: name, dev: st.Dev, ino: st.Ino})
+	if old := len(r.frames) - 1 - maxOpenDirs; old >= 0 {
+		fd := r.frames[old].fd
+		r.frames[old].fd = -1
+		return Close(fd)
+	}
+	return nil
+}
+
+// leave removes the directory at work, which is empty, and goes on in the one above.
+func (r *remover) leave(top int) error {
+	f := r.frames[len(r.frames)-1]
+	if len(r.frames) > 1 {
+		up := &r.frames[len(r.frames)-2]
+		if up.fd < 0 {
+			if err := up.reopen(f.fd); err != nil {
+				return err
+			}
+		}
+		top = up.fd
+	}
+	r.frames = r.frames[:len(r.frames)-1]
+	if err := Close(f.fd); err != nil {
+		return err
+	}
+	if err := unlinkAny(top, f.name); !notEmpty(err) {
+		return err
+	}
+	// Somebody adds entries while we remove: take them too.
+	return ignoreGone(r.enter(top, f.name))
+}
+
+// reopen opens a closed frame from the directory below, and makes sure that it is the same one.
+func (f *removeFrame) reopen(below int) error {
+	fd, err := OpenDirat(below, "..")
+	if err != nil {
+		return err
+	}
+	var st unix.Stat_t
+	if err := Fstat(fd, &st); err != nil {
+		return errors.Join(err, Close(fd))
+	}
+	if st.Dev != f.dev || st.Ino != f.ino {
+		return errors.Join(fmt.Errorf("directory %s was moved: %w", f.name, unix.ESTALE), Close(fd))
+	}
+	f.fd = fd
+	return nil
+}
+
+func (r *remover) close() (err error) {
+	for _, f := range r.frames {
+		if f.fd >= 0 {
+			err = errors.Join(err, Close(f.fd))
+		}
+	}
+	return err
+}
+
+func notEmpty(err error) bool { return err == unix.ENOTEMPTY || err == unix.EEXIST }
+
+func ignoreGone(err error) error {
+	if err == unix.ENOENT {
+		return nil
+	}
+	return err
+}
+
+// unlinkAny removes a file or an empty directory. Absence is no error.
+func unlinkAny(dirfd int, name string) error {
+	err := retry(func() error { return unix.Unlinkat(dirfd, name, 0) })
+	if err == unix.EISDIR || err == unix.EPERM {
+		err = retry(func() error { return unix.Unlinkat(dirfd, name, unix.AT_REMOVEDIR) })
+		if err == unix.ENOTDIR {
+			err = unix.EPERM // a file that may not be removed: immutable or append-only
+		}
+	}
+	return ignoreGone(err)
+}
+
+// openSameMount opens a directory unless something is mounted on it. Kernels
+// before openat2 compare devices, which a bind mount from the same filesystem escapes.
+func openSameMount(dirfd int, name string) (int, error) {
+	how := unix.OpenHow{
+		Flags:   unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_NO_XDEV,
+	}
+	for {
+		fd, err := unix.Openat2(dirfd, name, &how)
+		switch err {
+		case unix.EINTR, unix.EAGAIN:
+			continue
+		case unix.ENOSYS, unix.EPERM:
+			return openSameDevice(dirfd, name)
+		}
+		return fd, err
+	}
+}
+
+func openSameDevice(dirfd int, name string) (int, error) {
+	fd, err := OpenDirat(dirfd, name)
+	if err != nil {
+		return -1, err
+	}
+	var parent, st unix.Stat_t
+	if err = errors.Join(Fstat(dirfd, &parent), Fstat(fd, &st)); err == nil && parent.Dev != st.Dev {
+		err = unix.EXDEV
+	}
+	if err != nil {
+		return -1, errors.Join(err, Close(fd))
+	}
+	return fd, nil
+}
