@@ -1,0 +1,118 @@
+package overlaytest
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// apply does one operation below root and sets the times of what it touched.
+func apply(root string, op Op) error {
+	at := filepath.Join(root, op.Path)
+	touched := []string{filepath.Dir(at)}
+	var err error
+	switch op.Verb {
+	case "create", "mkdir", "symlink", "mkfifo", "mknod":
+		if err = os.RemoveAll(at); err == nil {
+			err = applyNew(at, op)
+		}
+		touched = append(touched, at)
+	case "rename":
+		to := filepath.Join(root, op.To)
+		err = move(at, to)
+		touched = append(touched, filepath.Dir(to))
+	case "link":
+		to := filepath.Join(root, op.To)
+		err = os.Link(at, to)
+		touched = []string{filepath.Dir(to)}
+	case "unlink":
+		err = os.Remove(at)
+	case "removeall":
+		err = os.RemoveAll(at)
+	default:
+		err = applyChange(at, op)
+		touched = []string{at}
+	}
+	if err != nil {
+		return err
+	}
+	ts := unix.NsecToTimespec(op.Time)
+	for _, p := range touched {
+		if err := unix.UtimesNanoAt(unix.AT_FDCWD, p, []unix.Timespec{ts, ts}, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			return fmt.Errorf("set the time of %s: %w", p, err)
+		}
+	}
+	return nil
+}
+
+func applyNew(at string, op Op) error {
+	var err error
+	switch op.Verb {
+	case "create":
+		err = writeAt(at, os.O_CREATE|os.O_EXCL, op.N, op.Data)
+	case "mkdir":
+		err = os.Mkdir(at, 0o700)
+	case "symlink":
+		return os.Symlink(op.To, at)
+	case "mkfifo":
+		err = unix.Mkfifo(at, 0o600)
+	case "mknod":
+		err = unix.Mknod(at, op.Mode, int(op.N))
+	}
+	if err != nil {
+		return err
+	}
+	return unix.Chmod(at, op.Mode&0o7777)
+}
+
+func applyChange(at string, op Op) error {
+	switch op.Verb {
+	case "write":
+		return writeAt(at, 0, op.N, op.Data)
+	case "append":
+		return writeAt(at, os.O_APPEND, 0, op.Data)
+	case "truncate":
+		return os.Truncate(at, op.N)
+	case "chmod":
+		return unix.Chmod(at, op.Mode)
+	case "chown":
+		return os.Lchown(at, int(op.Mode>>16), int(op.Mode&0xffff))
+	case "setxattr":
+		return unix.Lsetxattr(at, op.Name, op.Data, 0)
+	case "removexattr":
+		return unix.Lremovexattr(at, op.Name)
+	case "utimes":
+		return nil
+	}
+	return fmt.Errorf("unknown operation %q", op.Verb)
+}
+
+func writeAt(at string, flags int, offset int64, data []byte) error {
+	f, err := os.OpenFile(at, os.O_WRONLY|flags, 0o600)
+	if err != nil {
+		return err
+	}
+	if flags&os.O_APPEND != 0 {
+		_, err = f.Write(data)
+	} else {
+		_, err = f.WriteAt(data, offset)
+	}
+	if e := f.Close(); err == nil {
+		err = e
+	}
+	return err
+}
+
+// move renames, or copies and removes where the filesystem cannot.
+func move(from, to string) error {
+	err := unix.Rename(from, to)
+	if err != unix.EXDEV {
+		return err
+	}
+	if err := copyTree(from, to); err != nil {
+		return err
+	}
+	return os.RemoveAll(from)
+}
