@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -195,3 +196,5 @@ func TestViewIsWhatTheKernelShows(t *testing.T) {
 		}
 	}
 }
+
+func unixTime(sec int) time.Time { return time.Unix(int64(sec), 0) }

@@ -1,0 +1,189 @@
+package archive
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/binary"
+	"fmt"
+	"slices"
+
+	"github.com/bcc2decd/overlay2/internal/sys"
+	"golang.org/x/sys/unix"
+)
+
+// nameList holds the names of one directory in one piece of memory.
+type nameList struct {
+	bytes []byte
+	names []listedName
+	next  int
+}
+
+type listedName struct {
+	// prefix is the name's first eight bytes, so that sorting seldom looks further.
+	prefix uint64
+	start  uint32
+	length uint16
+	typ    uint8
+}
+
+// read lists the directory fd.
+func (l *nameList) read(r *sys.DirReader, fd int, sorted bool) error {
+	l.bytes, l.names, l.next = l.bytes[:0], l.names[:0], 0
+	if err := r.Reset(fd); err != nil {
+		return err
+	}
+	for {
+		name, typ, err := r.Next()
+		if err != nil {
+			return err
+		}
+		if name == nil {
+			break
+		}
+		if len(l.bytes)+len(name) >= 1<<32-1 {
+			return fmt.Errorf("directory with more than 4 GiB of names: %w", unix.E2BIG)
+		}
+		l.add(name, typ)
+	}
+	if sorted {
+		l.sort()
+	}
+	return nil
+}
+
+func (l *nameList) add(name []byte, typ uint8) {
+	var key [8]byte
+	copy(key[:], name)
+	l.names = append(l.names, listedName{
+		prefix: binary.BigEndian.Uint64(key[:]),
+		start:  uint32(len(l.bytes)), length: uint16(len(name)), typ: typ,
+	})
+	l.bytes = append(append(l.bytes, name...), 0)
+}
+
+// sort orders the names bytewise.
+func (l *nameList) sort() {
+	slices.SortFunc(l.names, func(a, b listedName) int {
+		if a.prefix != b.prefix {
+			return cmp.Compare(a.prefix, b.prefix)
+		}
+		return bytes.Compare(l.at(a), l.at(b))
+	})
+}
+
+func (l *nameList) at(n listedName) sys.Name {
+	return l.bytes[n.start : n.start+uint32(n.length)+1]
+}
+
+// take returns the next name; nil is the end.
+func (l *nameList) take() (sys.Name, uint8) {
+	if l.next == len(l.names) {
+		return nil, 0
+	}
+	n := l.names[l.next]
+	l.next++
+	return l.at(n), n.typ
+}
+
+// walkDir is a directory that a walk is in.
+type walkDir struct {
+	nameList
+	// fd is -1 while the directory is parked.
+	fd       int
+	dev, ino uint64
+}
+
+// maxOpen is the number of directories that a walk keeps open: nesting goes deeper
+// than descriptors do.
+const maxOpen = 64
+
+// walk is the way from the root of a tree to where a walk is. Those far up are parked:
+// closed, and opened again through ".." on the way back.
+type walk struct {
+	dirs  []*walkDir
+	spare []*walkDir
+	dents sys.DirReader
+}
+
+// top returns the directory that the walk is in, nil at its end.
+func (w *walk) top() *walkDir {
+	if len(w.dirs) == 0 {
+		return nil
+	}
+	return w.dirs[len(w.dirs)-1]
+}
+
+// push goes down into fd, which is the walk's from then on, and lists it.
+func (w *walk) push(fd int, sorted bool) error {
+	var d *walkDir
+	if n := len(w.spare); n > 0 {
+		d, w.spare = w.spare[n-1], w.spare[:n-1]
+	} else {
+		d = new(walkDir)
+	}
+	d.fd = fd
+	w.dirs = append(w.dirs, d)
+	if up := len(w.dirs) - 1 - maxOpen; up >= 0 {
+		if err := w.dirs[up].park(); err != nil {
+			return err
+		}
+	}
+	return d.read(&w.dents, fd, sorted)
+}
+
+func (d *walkDir) park() error {
+	var st sys.Stat
+	if err := sys.StatFd(d.fd, &st); err != nil {
+		return err
+	}
+	d.dev, d.ino = st.Dev, st.Ino
+	err := sys.Close(d.fd)
+	d.fd = -1
+	return err
+}
+
+// pop goes up again. That the directory above is no longer the one that the walk came
+// through is ErrChanged.
+func (w *walk) pop() error {
+	d := w.top()
+	w.dirs = w.dirs[:len(w.dirs)-1]
+	var err error
+	if up := w.top(); up != nil && up.fd < 0 {
+		err = up.unpark(d.fd)
+	}
+	_ = sys.Close(d.fd) // read only: nothing can be lost
+	d.fd = -1
+	if cap(d.bytes) <= 1<<16 {
+		w.spare = append(w.spare, d)
+	}
+	return err
+}
+
+func (d *walkDir) unpark(below int) error {
+	fd, err := sys.OpenDirat(below, "..")
+	if err != nil {
+		return err
+	}
+	var st sys.Stat
+	err = sys.StatFd(fd, &st)
+	if err == nil && (st.Dev != d.dev || st.Ino != d.ino) {
+		err = fmt.Errorf("directory was moved: %w", ErrChanged)
+	}
+	if err != nil {
+		_ = sys.Close(fd)
+		return err
+	}
+	d.fd = fd
+	return nil
+}
+
+// close closes what is open.
+func (w *walk) close() {
+	for _, d := range w.dirs {
+		if d.fd >= 0 {
+			_ = sys.Close(d.fd) // read only: nothing can be lost
+			d.fd = -1
+		}
+	}
+	w.dirs = nil
+}

@@ -1,0 +1,161 @@
+package sys
+
+import (
+	"errors"
+	"runtime"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Name is one component of a path with the NUL that the kernel wants at its end, so that
+// a walk that takes names from getdents gives them back without a copy.
+type Name []byte
+
+// MakeName adds the NUL to a string.
+func MakeName(s string) Name { return append(append(make(Name, 0, len(s)+1), s...), 0) }
+
+// String returns the name without the NUL.
+func (n Name) String() string { return string(n[:len(n)-1]) }
+
+// Time is a time of an inode: Nsec counts forward from Sec, before 1970 too.
+type Time struct {
+	Sec  int64
+	Nsec uint32
+}
+
+// Stat is an inode's metadata, the same on every architecture.
+type Stat struct {
+	Dev, Ino     uint64
+	Size         int64
+	Blocks       int64 // of 512 bytes
+	Mtime, Ctime Time
+	Mode, Nlink  uint32
+	UID, GID     uint32
+	Major, Minor uint32 // of a device node
+}
+
+// Type returns the type bits of the mode.
+func (s *Stat) Type() uint32 { return s.Mode & unix.S_IFMT }
+
+// statMask is what Stat holds.
+const statMask = unix.STATX_BASIC_STATS &^ unix.STATX_ATIME
+
+// StatName returns the metadata of name beneath dirfd, of a symlink itself.
+func StatName(dirfd int, name Name, st *Stat) error {
+	return statx(dirfd, name, unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT, st)
+}
+
+// StatFd returns the metadata of an open descriptor.
+func StatFd(fd int, st *Stat) error {
+	return statx(fd, Name{0}, unix.AT_EMPTY_PATH, st)
+}
+
+func statx(dirfd int, name Name, flags int, st *Stat) error {
+	var x unix.Statx_t
+	for {
+		_, _, errno := unix.Syscall6(unix.SYS_STATX, uintptr(dirfd), uintptr(unsafe.Pointer(unsafe.SliceData(name))),
+			uintptr(flags), statMask, uintptr(unsafe.Pointer(&x)), 0)
+		runtime.KeepAlive(name)
+		switch errno {
+		case 0:
+			*st = Stat{
+				Dev: unix.Mkdev(x.Dev_major, x.Dev_minor), Ino: x.Ino, Size: int64(x.Size), Blocks: int64(x.Blocks),
+				Mtime: Time{x.Mtime.Sec, x.Mtime.Nsec}, Ctime: Time{x.Ctime.Sec, x.Ctime.Nsec},
+				Mode: uint32(x.Mode), Nlink: x.Nlink, UID: x.Uid, GID: x.Gid, Major: x.Rdev_major, Minor: x.Rdev_minor,
+			}
+			return nil
+		case unix.EINTR:
+			continue
+		case unix.ENOSYS, unix.EPERM:
+			// Linux before 4.11, or a seccomp filter from before it: stat itself is never EPERM.
+			return statOld(dirfd, name, flags, st)
+		}
+		return errno
+	}
+}
+
+func statOld(dirfd int, name Name, flags int, st *Stat) error {
+	var o unix.Stat_t
+	var err error
+	if flags&unix.AT_EMPTY_PATH != 0 {
+		err = Fstat(dirfd, &o)
+	} else {
+		err = Fstatat(dirfd, name.String(), &o)
+	}
+	if err != nil {
+		return err
+	}
+	// The fields' widths differ between architectures, hence the conversions.
+	*st = Stat{
+		Dev: uint64(o.Dev), Ino: o.Ino, Size: o.Size, Blocks: int64(o.Blocks),
+		Mtime: Time{int64(o.Mtim.Sec), uint32(o.Mtim.Nsec)}, Ctime: Time{int64(o.Ctim.Sec), uint32(o.Ctim.Nsec)},
+		Mode: o.Mode, Nlink: uint32(o.Nlink), UID: o.Uid, GID: o.Gid,
+		Major: unix.Major(uint64(o.Rdev)), Minor: unix.Minor(uint64(o.Rdev)),
+	}
+	return nil
+}
+
+// OpenName opens name beneath dirfd, with O_CLOEXEC and O_NOFOLLOW as Openat does.
+func OpenName(dirfd int, name Name, flags int) (int, error) {
+	flags |= unix.O_CLOEXEC | unix.O_NOFOLLOW | unix.O_LARGEFILE
+	for {
+		fd, _, errno := unix.Syscall6(unix.SYS_OPENAT, uintptr(dirfd), uintptr(unsafe.Pointer(unsafe.SliceData(name))),
+			uintptr(flags), 0, 0, 0)
+		runtime.KeepAlive(name)
+		switch errno {
+		case 0:
+			return int(fd), nil
+		case unix.EINTR:
+			continue
+		}
+		return -1, errno
+	}
+}
+
+// ReadlinkName appends the target of the symlink name beneath dirfd to dst.
+func ReadlinkName(dirfd int, name Name, dst []byte) ([]byte, error) {
+	for free := 256; ; free *= 4 {
+		for cap(dst)-len(dst) < free {
+			dst = append(dst[:cap(dst)], 0)[:len(dst)]
+		}
+		buf := dst[len(dst):cap(dst)]
+		n, _, errno := unix.Syscall6(unix.SYS_READLINKAT, uintptr(dirfd), uintptr(unsafe.Pointer(unsafe.SliceData(name))),
+			uintptr(unsafe.Pointer(unsafe.SliceData(buf))), uintptr(len(buf)), 0, 0)
+		runtime.KeepAlive(name)
+		if errno != 0 && errno != unix.EINTR {
+			return dst, errno
+		}
+		if errno == 0 && int(n) < len(buf) {
+			return dst[:len(dst)+int(n)], nil
+		}
+	}
+}
+
+// ListxattrName lists the names of name's own xattrs, a symlink's too, into buf. It takes
+// listxattrat (Linux 6.13) or, before, the descriptor's name in /proc.
+func ListxattrName(dirfd int, name Name, buf []byte) (int, error) {
+	for {
+		n, _, errno := unix.Syscall6(unix.SYS_LISTXATTRAT, uintptr(dirfd), uintptr(unsafe.Pointer(unsafe.SliceData(name))),
+			unix.AT_SYMLINK_NOFOLLOW, uintptr(unsafe.Pointer(unsafe.SliceData(buf))), uintptr(len(buf)), 0)
+		runtime.KeepAlive(name)
+		switch errno {
+		case 0:
+			return int(n), nil
+		case unix.EINTR:
+			continue
+		case unix.ENOSYS, unix.EPERM:
+			return llistxattr(ProcPath(dirfd)+"/"+name.String(), buf)
+		}
+		return 0, errno
+	}
+}
+
+func llistxattr(path string, buf []byte) (int, error) {
+	for {
+		n, err := unix.Llistxattr(path, buf)
+		if !errors.Is(err, unix.EINTR) {
+			return n, err
+		}
+	}
+}
