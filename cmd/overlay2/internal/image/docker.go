@@ -1,0 +1,124 @@
+package image
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"path"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// dockerArchive is the file of docker save's first form, still beside the OCI one.
+const dockerArchive = "manifest.json"
+
+// saved is one image in manifest.json.
+type saved struct {
+	Config   string
+	RepoTags []string
+	Layers   []string
+}
+
+// readSaved reads manifest.json.
+func readSaved(set files) ([]saved, error) {
+	raw, err := readSmall(set, dockerArchive, maxManifest)
+	if err != nil {
+		return nil, err
+	}
+	var list []saved
+	if err := json.Unmarshal(raw, &list); err != nil {
+		return nil, fmt.Errorf("%w: manifest.json: %w", ErrInvalid, err)
+	}
+	if len(list) == 0 {
+		return nil, fmt.Errorf("%w: manifest.json lists no image", ErrInvalid)
+	}
+	return list, nil
+}
+
+// dockerImages returns the images of a docker-save archive. It has no digests of the
+// layers' bytes; the config's diff ids verify them.
+func dockerImages(set files) ([]*Image, error) {
+	list, err := readSaved(set)
+	if err != nil {
+		return nil, err
+	}
+	var images []*Image
+	for _, s := range list {
+		config, err := readSmall(set, s.Config, maxConfig)
+		if err != nil {
+			return nil, err
+		}
+		if err := checkConfigName(s.Config, config); err != nil {
+			return nil, err
+		}
+		layers := make([]Layer, 0, min(len(s.Layers), maxLayers))
+		for _, name := range s.Layers {
+			r, size, err := openNamed(set, name)
+			if err != nil {
+				return nil, err
+			}
+			if err := r.Close(); err != nil {
+				return nil, err
+			}
+			open := func() (io.ReadCloser, error) {
+				f, _, err := openNamed(set, name)
+				return f, err
+			}
+			layers = append(layers, Layer{Size: size, open: open})
+		}
+		img, err := newImage(config, layers)
+		if err != nil {
+			return nil, err
+		}
+		img.Names = s.RepoTags
+		images = append(images, img)
+	}
+	return images, nil
+}
+
+// checkConfigName verifies a config whose file is named by its digest: HEX.json of
+// Docker before 25, blobs/sha256/HEX after, sha256:HEX of some builders.
+func checkConfigName(name string, config []byte) error {
+	hex := strings.TrimPrefix(strings.TrimSuffix(path.Base(name), ".json"), "sha256:")
+	want := digest.NewDigestFromEncoded(digest.SHA256, hex)
+	if want.Validate() != nil {
+		return nil // a name that promises nothing
+	}
+	if got := digest.FromBytes(config); got != want {
+		return fmt.Errorf("%w: the config is %s, not %s", ErrDigest, got, want)
+	}
+	return nil
+}
+
+// addSavedNames gives the images of an archive in both forms the full names that
+// manifest.json has, where the index has only a tag.
+func addSavedNames(set files, images []*Image) error {
+	r, _, err := set.open(dockerArchive)
+	if err != nil {
+		return nil // no second form
+	}
+	if err := r.Close(); err != nil {
+		return err
+	}
+	list, err := readSaved(set)
+	if err != nil {
+		return err
+	}
+	for _, s := range list {
+		if len(s.RepoTags) == 0 {
+			continue
+		}
+		config, err := readSmall(set, s.Config, maxConfig)
+		if err != nil {
+			return err
+		}
+		id := digest.FromBytes(config)
+		for _, img := range images {
+			if img.ConfigDigest == id {
+				img.Names = s.RepoTags
+			}
+		}
+	}
+	return nil
+}
