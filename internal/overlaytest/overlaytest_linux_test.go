@@ -317,3 +317,21 @@ func TestMount(t *testing.T) {
 		}
 	})
 }
+
+// TestContributing is the example in CONTRIBUTING.md.
+func TestContributing(t *testing.T) {
+	NoLeaks(t)
+	EachFS(t, func(t *testing.T, dir string) {
+		lower, upper := filepath.Join(dir, "lower"), filepath.Join(dir, "upper")
+		Build(t, lower, `
+			dir  etc 0700 uid=1 gid=2
+			file etc/motd "hello\n"
+			file etc/kept "x" user.a="1"
+		`)
+		Build(t, upper, `whiteout etc/motd`)
+		o := Mount(t, []string{lower}, upper, filepath.Join(dir, "work"), filepath.Join(dir, "merged"))
+		Compare(t, `"etc" dir 0755 0:0
+"etc/kept" file 0644 0:0 size=1 sha256=2d711642b726b044 user.a="1"
+`, Tree(t, o.Merged, NoRoot, NoTimes))
+	})
+}

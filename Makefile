@@ -1,0 +1,63 @@
+# Everything a contributor runs. `make` alone lists the targets.
+#
+# The repository holds several Go modules: the library at the top, which links little,
+# and nested ones for what needs more. Loops below go over all that git knows.
+
+SHELL := /bin/bash -o pipefail
+GO ?= go
+MODULES := $(filter-out tools,$(patsubst %/,%,$(dir $(shell git ls-files '*go.mod' 2>/dev/null || find . -name go.mod -printf '%P\n'))))
+# IMAGE is what `make demo` imports: an OCI layout or archive, or the output of docker save.
+IMAGE ?=
+# TESTFLAGS are added to every go test, as in make test TESTFLAGS='-run Create -v'.
+TESTFLAGS ?=
+FUZZTIME ?= 20s
+
+# each runs a command in every module.
+each = @set -e; for m in $(MODULES); do echo "== $$m"; (cd $$m && $(1)); done
+
+.PHONY: help
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+.PHONY: deps
+deps: ## install by apt-get the programs that tests call, if they are missing
+	@scripts/deps.sh
+
+.PHONY: build
+build: ## compile every module
+	$(call each,$(GO) build ./...)
+
+.PHONY: test
+test: deps ## vet and test every module (needs root, else what needs it is skipped)
+	$(call each,$(GO) vet ./... && $(GO) test $(TESTFLAGS) ./...)
+
+.PHONY: test-race
+test-race: deps ## test the library and the tool with the race detector
+	$(GO) test -race $(TESTFLAGS) ./...
+	@set -e; if [ -d cmd/overlay2 ]; then cd cmd/overlay2 && $(GO) test -race $(TESTFLAGS) ./...; fi
+
+.PHONY: lint
+lint: ## run the pinned golangci-lint over every module (the first time compiles it: minutes)
+	@lint=$$($(GO) -C tools tool -n golangci-lint) || exit 1; status=0; for m in $(MODULES); do echo "== $$m"; \
+		(cd $$m && $$lint run --config $(CURDIR)/.golangci.yml ./...) || status=1; done; exit $$status
+
+.PHONY: vet-all
+vet-all: ## vet the library for every system that it compiles on
+	@set -e; for s in linux/amd64 linux/arm64 linux/386 linux/ppc64le darwin/arm64; do echo "== $$s"; \
+		GOOS=$${s%/*} GOARCH=$${s#*/} $(GO) vet ./...; done
+
+.PHONY: check
+check: ## formatting, go.mod files, allowed modules, sizes of files
+	@scripts/check.sh
+
+.PHONY: fuzz-quick
+fuzz-quick: ## run every fuzz test for FUZZTIME (20s)
+	@scripts/fuzz.sh $(FUZZTIME)
+
+.PHONY: demo
+demo: ## the whole life of an image, shown and verified; IMAGE=path takes your own
+	@cmd/overlay2/demo.sh $(IMAGE)
+
+.PHONY: ci
+ci: ## all that a change must pass
+	@.ci/run
