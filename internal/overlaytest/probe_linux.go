@@ -70,7 +70,8 @@ func probeOverlay(t testing.TB) error {
 }
 
 // probeFS tells whether the kernel has the filesystem, without making one: mount(2) looks up
-// the type, loading its module, before it looks at the device.
+// the type, loading its module, before it looks at the device. A file in place of the mount
+// point makes sure that nothing is ever mounted.
 func probeFS(name string) error {
 	if os.Getenv(dirEnv(name)) != "" {
 		return nil
@@ -81,7 +82,7 @@ func probeFS(name string) error {
 	if name == "tmpfs" {
 		return nil
 	}
-	if err := unix.Mount("/dev/null", "/proc", name, 0, ""); err == unix.ENODEV {
+	if err := unix.Mount("/dev/null", "/dev/null", name, 0, ""); err == unix.ENODEV {
 		return fmt.Errorf("the kernel has no %s", name)
 	}
 	if _, err := exec.LookPath("mkfs." + name); err != nil {
