@@ -67,11 +67,12 @@ func (s *search) single(p lowerDir, comp, pre, post string) (lowerDir, error) {
 	case err != nil:
 		return hit, err
 	}
-	m, err := s.enter(hit.fd, pre, post)
+	m, err := readMarks(hit.fd, s.format)
 	if err != nil {
 		_ = sys.Close(hit.fd)
 		return lowerDir{fd: -1}, err
 	}
+	s.obey(m, pre, post)
 	hit.marked = m.holdsMarks
 	return hit, nil
 }
@@ -89,20 +90,16 @@ func (s *search) openFile(dirfd int, name string) (int, error) {
 	return sys.Openat(dirfd, name, unix.O_RDONLY|unix.O_NONBLOCK, 0)
 }
 
-// enter takes in what the marks of fd say about the layers further down; fd was found by
-// the last component of s.name before post.
-func (s *search) enter(fd int, pre, post string) (marks, error) {
-	m, err := readMarks(fd, s.format)
-	if err != nil {
-		return m, err
-	}
+// obey takes in what the marks of a file or directory say about the layers further
+// down; it was found by the last component of s.name before post.
+func (s *search) obey(m marks, pre, post string) {
 	file := s.file && post == ""
 	if file {
 		s.metacopy = m.metacopy
 	}
 	if m.opaque || (file && !m.metacopy) {
 		s.stop = true
-		return m, nil
+		return
 	}
 	switch {
 	case m.redirect == "":
@@ -113,7 +110,6 @@ func (s *search) enter(fd int, pre, post string) (marks, error) {
 	default:
 		s.name = pre + m.redirect + post
 	}
-	return m, nil
 }
 
 // marks are the kernel's private xattrs that say how a directory or file of a layer
@@ -125,6 +121,8 @@ type marks struct {
 	holdsMarks bool
 	// metacopy: the file's data lies beneath.
 	metacopy bool
+	// whiteout: the file, if it is empty and in a directory with holdsMarks, is a whiteout.
+	whiteout bool
 	// redirect is the name that the layers beneath have it by: a component or, with a
 	// leading slash, a path from their roots. Empty is none.
 	redirect string
@@ -145,6 +143,9 @@ func readMarks(fd int, f Format) (marks, error) {
 // parseMarks reads the marks among the xattr names in list, which are fd's.
 func parseMarks(fd int, f Format, list []byte) (marks, error) {
 	var m marks
+	if f == Merged {
+		return m, nil
+	}
 	for len(list) > 0 {
 		end := 0
 		for end < len(list) && list[end] != 0 {
@@ -166,6 +167,9 @@ func parseMarks(fd int, f Format, list []byte) (marks, error) {
 func (m *marks) read(fd int, f Format, attr, mark string) error {
 	switch mark {
 	case "opaque", "redirect", "metacopy":
+	case "whiteout":
+		m.whiteout = true
+		return nil
 	default:
 		return nil
 	}

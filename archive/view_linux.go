@@ -136,13 +136,11 @@ func (d *mergedDir) child(name string) (*mergedDir, error) {
 	return d.descend(&search{format: d.chain.format, name: name})
 }
 
-// below returns what merges beneath the directory top, which lies by name in the layer
-// above all of d: nil if nothing does. Its opaque mark and redirect are honoured.
-func (d *mergedDir) below(top int, name string) (*mergedDir, error) {
+// below returns what merges beneath a directory that lies by name in the layer above all of
+// d: nil if nothing does. m are that directory's marks.
+func (d *mergedDir) below(m marks, name string) (*mergedDir, error) {
 	s := &search{format: d.chain.format, name: name}
-	if _, err := s.enter(top, "", ""); err != nil {
-		return nil, err
-	}
+	s.obey(m, "", "")
 	return d.descend(s)
 }
 
@@ -170,13 +168,11 @@ func (d *mergedDir) openData(name string) (int, error) {
 	return d.data(&search{format: d.chain.format, name: name, file: true})
 }
 
-// dataBelow opens the content of the metacopy file top, which lies by name in the
-// layer above all of d.
-func (d *mergedDir) dataBelow(top int, name string) (int, error) {
+// dataBelow opens the content of a metacopy file that lies by name in the layer above
+// all of d. m are that file's marks.
+func (d *mergedDir) dataBelow(m marks, name string) (int, error) {
 	s := &search{format: d.chain.format, name: name, file: true}
-	if _, err := s.enter(top, "", ""); err != nil {
-		return -1, err
-	}
+	s.obey(m, "", "")
 	return d.data(s)
 }
 

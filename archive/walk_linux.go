@@ -90,6 +90,7 @@ type walkDir struct {
 	nameList
 	// fd is -1 while the directory is parked.
 	fd       int
+	parked   bool
 	dev, ino uint64
 }
 
@@ -115,20 +116,29 @@ func (w *walk) top() *walkDir {
 
 // push goes down into fd, which is the walk's from then on, and lists it.
 func (w *walk) push(fd int, sorted bool) error {
+	d, err := w.enter(fd)
+	if err != nil {
+		return err
+	}
+	return d.read(&w.dents, fd, sorted)
+}
+
+// enter goes down into fd, which is the walk's from then on. The caller adds the names. An
+// fd of -1 is a directory that has no handle of its own; it is never parked.
+func (w *walk) enter(fd int) (*walkDir, error) {
 	var d *walkDir
 	if n := len(w.spare); n > 0 {
 		d, w.spare = w.spare[n-1], w.spare[:n-1]
 	} else {
 		d = new(walkDir)
 	}
-	d.fd = fd
+	d.fd, d.parked = fd, false
+	d.bytes, d.names, d.next = d.bytes[:0], d.names[:0], 0
 	w.dirs = append(w.dirs, d)
-	if up := len(w.dirs) - 1 - maxOpen; up >= 0 {
-		if err := w.dirs[up].park(); err != nil {
-			return err
-		}
+	if up := len(w.dirs) - 1 - maxOpen; up >= 0 && w.dirs[up].fd >= 0 {
+		return d, w.dirs[up].park()
 	}
-	return d.read(&w.dents, fd, sorted)
+	return d, nil
 }
 
 func (d *walkDir) park() error {
@@ -138,7 +148,7 @@ func (d *walkDir) park() error {
 	}
 	d.dev, d.ino = st.Dev, st.Ino
 	err := sys.Close(d.fd)
-	d.fd = -1
+	d.fd, d.parked = -1, true
 	return err
 }
 
@@ -148,10 +158,12 @@ func (w *walk) pop() error {
 	d := w.top()
 	w.dirs = w.dirs[:len(w.dirs)-1]
 	var err error
-	if up := w.top(); up != nil && up.fd < 0 {
+	if up := w.top(); up != nil && up.parked {
 		err = up.unpark(d.fd)
 	}
-	_ = sys.Close(d.fd) // read only: nothing can be lost
+	if d.fd >= 0 {
+		_ = sys.Close(d.fd) // read only: nothing can be lost
+	}
 	d.fd = -1
 	if cap(d.bytes) <= 1<<16 {
 		w.spare = append(w.spare, d)
@@ -173,7 +185,7 @@ func (d *walkDir) unpark(below int) error {
 		_ = sys.Close(fd)
 		return err
 	}
-	d.fd = fd
+	d.fd, d.parked = fd, false
 	return nil
 }
 

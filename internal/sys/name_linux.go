@@ -159,3 +159,23 @@ func llistxattr(path string, buf []byte) (int, error) {
 		}
 	}
 }
+
+// OpenQuiet is OpenName for reading that leaves the access time alone where that is allowed:
+// with relatime the first reader would make every inode dirty.
+func OpenQuiet(dirfd int, name Name, flags int) (int, error) {
+	fd, err := OpenName(dirfd, name, flags|unix.O_NOATIME)
+	if errors.Is(err, unix.EPERM) {
+		return OpenName(dirfd, name, flags)
+	}
+	return fd, err
+}
+
+// Pread fills buf once, at most, from offset on; 0 and nil is the end of the file.
+func Pread(fd int, buf []byte, offset int64) (int, error) {
+	for {
+		n, err := unix.Pread(fd, buf, offset)
+		if !errors.Is(err, unix.EINTR) {
+			return n, err
+		}
+	}
+}

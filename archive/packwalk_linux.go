@@ -1,0 +1,250 @@
+package archive
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+
+	"github.com/bcc2decd/overlay2/internal/sys"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	whiteoutPrefix = ".wh."
+	opaqueName     = ".wh..wh..opq"
+)
+
+// packFrame is what Pack knows of a directory that it is in, beside its walkDir.
+type packFrame struct {
+	// start is where the directory's own name begins in packer.path.
+	start int
+	marks marks
+	// low is what the lowers have beneath it, nil if nothing; known says that it was
+	// looked up. That is done only when something in the directory depends on it.
+	low      *mergedDir
+	lowKnown bool
+	// view, if set, is where names are looked up: a renamed directory (redirect_dir) is packed
+	// with all that it shows, its own and the lowers' part.
+	view *mergedDir
+}
+
+// next begins the next entry, or goes up a directory.
+func (p *packer) next() error {
+	if err := p.ctx.Err(); err != nil {
+		return err
+	}
+	d := p.walk.top()
+	if d == nil {
+		p.done = true
+		p.out = append(p.out, zeros[:2*tarBlock]...)
+		return nil
+	}
+	name, typ := d.take()
+	if name == nil {
+		return p.leave()
+	}
+	p.entry = append(append(p.entry[:0], p.path...), name[:len(name)-1]...)
+	if typ == pickDeleted {
+		return p.whiteout(name)
+	}
+	if bytes.HasPrefix(name, []byte(whiteoutPrefix)) {
+		return fmt.Errorf("a file has the name of a mark: %w", ErrInvalidWhiteout)
+	}
+	f := &p.frames[len(p.frames)-1]
+	src := source{dirfd: d.fd, name: name}
+	through := typ == pickThrough
+	if f.view != nil {
+		e, err := f.view.lookup(name.String())
+		if err == nil && !e.exists {
+			err = ErrChanged
+		}
+		if err != nil {
+			return err
+		}
+		src.dirfd, typ = e.dirfd, uint8(e.st.Mode>>12)
+	} else if typ == unix.DT_UNKNOWN || through {
+		var st sys.Stat
+		if err := sys.StatName(d.fd, name, &st); err != nil {
+			return err
+		}
+		typ = uint8(st.Mode >> 12) // as IFTODT does
+		if through && typ != unix.DT_DIR {
+			return ErrChanged
+		}
+	}
+	switch typ {
+	case unix.DT_DIR:
+		return p.dir(src, f, through)
+	case unix.DT_REG:
+		return p.file(src, f)
+	}
+	return p.node(src, f)
+}
+
+// source is where an entry lies.
+type source struct {
+	dirfd int
+	name  sys.Name
+}
+
+// enter goes down into fd, which is the walk's from then on, and whose frame is the last.
+func (p *packer) enter(fd int) error {
+	f := &p.frames[len(p.frames)-1]
+	d, err := p.walk.enter(fd)
+	if err != nil {
+		return err
+	}
+	switch {
+	case f.view != nil:
+		names, err := f.view.names()
+		for _, name := range names {
+			d.add([]byte(name), unix.DT_UNKNOWN)
+		}
+		return err
+	case p.picked != nil:
+		if list := p.picked[string(p.path)]; list != nil {
+			d.nameList = *list
+		}
+		return nil
+	}
+	return d.read(&p.walk.dents, fd, true)
+}
+
+// leave goes up from the directory at hand.
+func (p *packer) leave() error {
+	last := len(p.frames) - 1
+	f := p.frames[last]
+	p.entry = append(p.entry[:0], p.path...)
+	err := p.walk.pop()
+	if last > 0 {
+		f.low.close()
+	}
+	f.view.close()
+	p.path = p.path[:f.start]
+	p.frames = p.frames[:last]
+	return err
+}
+
+// low returns what the lowers have beneath the directory of frame i, nil if nothing.
+func (p *packer) low(i int) (*mergedDir, error) {
+	f := &p.frames[i]
+	if f.lowKnown {
+		return f.low, nil
+	}
+	up, err := p.low(i - 1)
+	if err != nil {
+		return nil, err
+	}
+	if up != nil {
+		end := len(p.path)
+		if i+1 < len(p.frames) {
+			end = p.frames[i+1].start
+		}
+		if f.low, err = up.below(f.marks, string(p.path[f.start:end-1])); err != nil {
+			return nil, err
+		}
+	}
+	f.lowKnown = true
+	return f.low, nil
+}
+
+// whiteout writes the deletion of name, unless it is known to hide nothing.
+func (p *packer) whiteout(name sys.Name) error {
+	if p.lowers != nil {
+		low, err := p.low(len(p.frames) - 1)
+		if err != nil || low == nil {
+			return err
+		}
+	}
+	p.mark(whiteoutPrefix + name.String())
+	return nil
+}
+
+// mark writes an entry in the directory at hand that says something of the lowers.
+func (p *packer) mark(name string) {
+	p.entry = append(append(p.entry[:0], p.path...), name...)
+	p.out = p.header.append(p.out, &packHeader{name: p.entry, typ: tarRegular})
+	p.stats.Entries++
+}
+
+// dir writes the entry of a directory, unless it is only on the way to others, and goes down
+// into it.
+func (p *packer) dir(src source, f *packFrame, through bool) error {
+	p.entry = append(p.entry, '/')
+	frame := packFrame{start: len(p.path)}
+	var err error
+	fd := -1
+	if f.view != nil {
+		if frame.view, err = f.view.child(src.name.String()); err != nil {
+			return err
+		}
+		if frame.view == nil {
+			return ErrChanged
+		}
+	} else {
+		fd, err = sys.OpenQuiet(src.dirfd, src.name, unix.O_RDONLY|unix.O_DIRECTORY)
+		if err != nil {
+			return replaced(err)
+		}
+	}
+	if !through {
+		from := fd
+		if frame.view != nil {
+			from = frame.view.parts[0].fd
+		}
+		frame.marks, err = p.dirEntry(from)
+	}
+	if err == nil && frame.marks.redirect != "" && frame.view == nil {
+		frame.view, err = p.redirected(fd, src.name, frame.marks)
+	}
+	if err != nil {
+		frame.view.close()
+		if fd >= 0 {
+			_ = sys.Close(fd)
+		}
+		return err
+	}
+	p.path = append(p.path, src.name[:len(src.name)-1]...)
+	p.path = append(p.path, '/')
+	if f.view == nil && (frame.marks.opaque || frame.marks.redirect != "") {
+		p.mark(opaqueName)
+	}
+	p.frames = append(p.frames, frame)
+	return p.enter(fd)
+}
+
+// redirected returns all that the renamed directory fd shows.
+func (p *packer) redirected(fd int, name sys.Name, m marks) (*mergedDir, error) {
+	if p.lowers == nil {
+		return nil, fmt.Errorf("a renamed directory (overlay.redirect) needs the lower layers: %w", unix.EINVAL)
+	}
+	top, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	view := &mergedDir{chain: p.lowers.chain, parts: []lowerDir{{fd: top, layer: -1, marked: m.holdsMarks}}}
+	up, err := p.low(len(p.frames) - 1)
+	if err == nil && up == nil && m.redirect[0] == '/' {
+		// An opaque directory above doesn't hold up a path from the root.
+		up = &mergedDir{chain: p.lowers.chain}
+	}
+	if err == nil && up != nil {
+		var low *mergedDir
+		if low, err = up.below(m, name.String()); low != nil {
+			view.parts = append(view.parts, low.parts...)
+		}
+	}
+	if err != nil {
+		view.close()
+		return nil, err
+	}
+	return view, nil
+}
+
+// replaced says that something else was found than was listed.
+func replaced(err error) error {
+	if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENXIO) {
+		return fmt.Errorf("%w: %w", ErrChanged, err)
+	}
+	return err
+}

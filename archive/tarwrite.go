@@ -1,0 +1,286 @@
+package archive
+
+import (
+	"bytes"
+	"strconv"
+	"strings"
+	"unicode/utf8"
+)
+
+// Sizes of a tar (POSIX.1-1988, pax of POSIX.1-2001).
+const (
+	tarBlock      = 512
+	tarNameSize   = 100
+	tarPrefixSize = 155
+)
+
+// Types of tar entries.
+const (
+	tarRegular byte = '0'
+	tarLink    byte = '1'
+	tarSymlink byte = '2'
+	tarChar    byte = '3'
+	tarDevice  byte = '4'
+	tarDir     byte = '5'
+	tarFifo    byte = '6'
+	tarPAX     byte = 'x'
+)
+
+// Largest numbers in a field of seven or eleven octal digits.
+const (
+	maxOctal7  = 1<<21 - 1
+	maxOctal11 = 1<<33 - 1
+)
+
+// packHeader is one entry as the writer needs it. The slices are only read.
+type packHeader struct {
+	// name ends in a slash if it is a directory.
+	name, link   []byte
+	typ          byte
+	mode         uint32 // permissions with setuid, setgid and sticky: no type
+	uid, gid     uint32
+	major, minor uint32
+	// size is the number of bytes that follow the header, before padding.
+	size int64
+	// mtimeNsec counts forward from mtime, also before 1970.
+	mtime     int64
+	mtimeNsec uint32
+	xattrs    []tarXattr
+	// sparse says that what follows is a map of fragments and then the fragments (GNU.sparse
+	// 1.0), of a file that is realSize long.
+	sparse   bool
+	realSize int64
+}
+
+// tarXattr is an extended attribute, written as a PAX record SCHILY.xattr.NAME.
+type tarXattr struct{ name, value string }
+
+// headerWriter formats headers: USTAR where that holds everything, with a PAX header in
+// front where it doesn't. It keeps its buffer.
+type headerWriter struct{ pax []byte }
+
+// append formats h behind dst. The same header always gives the same bytes.
+func (w *headerWriter) append(dst []byte, h *packHeader) []byte {
+	w.pax = w.pax[:0]
+	prefix, name, fits := splitName(h.name)
+	if h.sparse {
+		w.sparse(h)
+		prefix, name, fits = splitName(sparseName(h.name))
+		if !fits {
+			prefix, name = nil, sparseName(baseName(h.name))
+			name = name[:min(len(name), tarNameSize)]
+		}
+	} else if !fits {
+		w.record("path", h.name)
+		// Readers that know PAX don't look at this name; others find something of it.
+		prefix, name = nil, baseName(h.name)
+		name = name[:min(len(name), tarNameSize)]
+	}
+	link := h.link
+	if len(link) > tarNameSize {
+		w.record("linkpath", link)
+		link = link[:tarNameSize]
+	}
+	uid := w.number("uid", int64(h.uid), maxOctal7)
+	gid := w.number("gid", int64(h.gid), maxOctal7)
+	size := w.number("size", h.size, maxOctal11)
+	mtime := w.time(h.mtime, h.mtimeNsec)
+	for _, x := range h.xattrs {
+		w.record("SCHILY.xattr."+escapeKey(x.name), []byte(x.value))
+	}
+	if len(w.pax) > 0 {
+		dst = w.appendPAX(dst, h.name)
+	}
+	dst, b := newBlock(dst)
+	copy(b[0:], name)
+	octal(b[100:108], int64(h.mode))
+	octal(b[108:116], uid)
+	octal(b[116:124], gid)
+	octal(b[124:136], size)
+	octal(b[136:148], mtime)
+	b[156] = h.typ
+	copy(b[157:257], link)
+	octal(b[329:337], int64(h.major))
+	octal(b[337:345], int64(h.minor))
+	copy(b[345:500], prefix)
+	finish(b)
+	return dst
+}
+
+// appendPAX writes the records as an entry of their own.
+func (w *headerWriter) appendPAX(dst, name []byte) []byte {
+	if !utf8.Valid(w.pax) && needsBinary(w.pax) {
+		w.record("hdrcharset", []byte("BINARY"))
+	}
+	dst, b := newBlock(dst)
+	n := copy(b[0:100], "PaxHeaders.0/")
+	copy(b[n:100], baseName(name))
+	octal(b[100:108], 0o644)
+	octal(b[108:116], 0)
+	octal(b[116:124], 0)
+	octal(b[124:136], int64(len(w.pax)))
+	octal(b[136:148], 0)
+	b[156] = tarPAX
+	octal(b[329:337], 0)
+	octal(b[337:345], 0)
+	finish(b)
+	dst = append(dst, w.pax...)
+	return append(dst, zeros[:padTo(int64(len(w.pax)))]...)
+}
+
+// needsBinary says whether a name in the records is not UTF-8, which PAX demands unless
+// hdrcharset says otherwise; values of xattrs are bytes anyway.
+func needsBinary(pax []byte) bool {
+	for len(pax) > 0 {
+		length, rest, _ := bytes.Cut(pax, []byte(" "))
+		n, err := strconv.Atoi(string(length))
+		if err != nil || n > len(pax) || n <= len(length) {
+			return true
+		}
+		record := rest[:n-len(length)-1]
+		pax = pax[n:]
+		if !bytes.HasPrefix(record, []byte("SCHILY.xattr.")) && !utf8.Valid(record) {
+			return true
+		}
+	}
+	return false
+}
+
+// number returns v for an octal field if it fits; if not, it writes a record and returns 0.
+func (w *headerWriter) number(key string, v, limit int64) int64 {
+	if v <= limit {
+		return v
+	}
+	w.record(key, strconv.AppendInt(nil, v, 10))
+	return 0
+}
+
+// time returns the seconds for the header, with a record for what they cannot say.
+func (w *headerWriter) time(sec int64, nsec uint32) int64 {
+	if nsec == 0 && sec >= 0 && sec <= maxOctal11 {
+		return sec
+	}
+	var buf [40]byte
+	w.record("mtime", appendTime(buf[:0], sec, nsec))
+	return min(max(sec, 0), maxOctal11)
+}
+
+// appendTime formats a time as PAX has it, a decimal fraction with a sign: -1.25 is
+// a second and a quarter before 1970, in the kernel's count sec -2 and nsec 750000000.
+func appendTime(dst []byte, sec int64, nsec uint32) []byte {
+	if sec < 0 {
+		dst = append(dst, '-')
+		sec = -sec
+		if nsec > 0 {
+			sec--
+			nsec = 1e9 - nsec
+		}
+	}
+	dst = strconv.AppendInt(dst, sec, 10)
+	if nsec == 0 {
+		return dst
+	}
+	digits := strconv.AppendInt(nil, int64(nsec)+1e9, 10) // 1 and nine digits
+	return append(append(dst, '.'), bytes.TrimRight(digits[1:], "0")...)
+}
+
+// sparse writes the records of GNU's sparse format 1.0.
+func (w *headerWriter) sparse(h *packHeader) {
+	w.record("GNU.sparse.major", []byte("1"))
+	w.record("GNU.sparse.minor", []byte("0"))
+	w.record("GNU.sparse.name", h.name)
+	w.record("GNU.sparse.realsize", strconv.AppendInt(nil, h.realSize, 10))
+}
+
+// sparseName is the name by which a reader that doesn't know sparse files unpacks one.
+func sparseName(name []byte) []byte {
+	dir := name[:len(name)-len(baseName(name))]
+	return append(append(bytes.Clone(dir), "GNUSparseFile.0/"...), baseName(name)...)
+}
+
+// record adds "LENGTH KEY=VALUE\n"; the length counts itself.
+func (w *headerWriter) record(key string, value []byte) {
+	rest := len(key) + len(value) + 3 // blank, =, newline
+	n := rest + decimals(rest)
+	n = rest + decimals(n)
+	w.pax = strconv.AppendInt(w.pax, int64(n), 10)
+	w.pax = append(w.pax, ' ')
+	w.pax = append(w.pax, key...)
+	w.pax = append(w.pax, '=')
+	w.pax = append(w.pax, value...)
+	w.pax = append(w.pax, '\n')
+}
+
+func decimals(n int) int {
+	d := 1
+	for ; n >= 10; n /= 10 {
+		d++
+	}
+	return d
+}
+
+// escapeKey makes the name of an xattr a keyword, which ends at the first "=": as GNU tar does.
+func escapeKey(name string) string {
+	if !strings.Contains(name, "=") {
+		return name
+	}
+	return strings.ReplaceAll(strings.ReplaceAll(name, "%", "%25"), "=", "%3D")
+}
+
+// baseName returns the last component, with its trailing slash.
+func baseName(name []byte) []byte {
+	end := len(name)
+	if end > 0 && name[end-1] == '/' {
+		end--
+	}
+	return name[bytes.LastIndexByte(name[:end], '/')+1:]
+}
+
+// splitName splits a name at a slash into USTAR's two fields. Names are bytes here: USTAR
+// says nothing of their meaning, and every reader takes them as they are.
+func splitName(name []byte) (prefix, rest []byte, ok bool) {
+	if len(name) <= tarNameSize {
+		return nil, name, true
+	}
+	if len(name) > tarPrefixSize+1+tarNameSize {
+		return nil, nil, false
+	}
+	// The leftmost slash that leaves a rest short enough; the rest must not be empty.
+	from := len(name) - tarNameSize - 1
+	i := bytes.IndexByte(name[from:len(name)-1], '/')
+	if i < 0 || from+i == 0 || from+i > tarPrefixSize {
+		return nil, nil, false
+	}
+	return name[:from+i], name[from+i+1:], true
+}
+
+var zeros [2 * tarBlock]byte
+
+// padTo is the number of zeros that follow size bytes.
+func padTo(size int64) int64 { return -size & (tarBlock - 1) }
+
+// newBlock adds a block of zeros to dst and returns both.
+func newBlock(dst []byte) (grown, block []byte) {
+	dst = append(dst, zeros[:tarBlock]...)
+	return dst, dst[len(dst)-tarBlock:]
+}
+
+// octal fills a field with digits and a NUL. v is known to fit.
+func octal(field []byte, v int64) {
+	for i := len(field) - 2; i >= 0; i-- {
+		field[i] = byte('0' + v&7)
+		v >>= 3
+	}
+}
+
+// finish writes the magic and the checksum.
+func finish(b []byte) {
+	copy(b[257:265], "ustar\x0000")
+	copy(b[148:156], "        ")
+	sum := int64(0)
+	for _, c := range b[:tarBlock] {
+		sum += int64(c)
+	}
+	octal(b[148:155], sum)
+	b[155] = ' '
+}

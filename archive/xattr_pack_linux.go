@@ -1,0 +1,184 @@
+package archive
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/bcc2decd/overlay2/internal/sys"
+	"golang.org/x/sys/unix"
+)
+
+// The prefixes of xattrs that overlayfs keeps for itself; which one depends on userxattr.
+const (
+	trustedOverlay = "trusted.overlay."
+	userOverlay    = "user.overlay."
+	// escaped follows the prefix in the name by which overlayfs stores an xattr that a user of the
+	// mount gave such a name (Linux 6.7, commit dad02fad84cb).
+	escaped = "overlay."
+)
+
+// xattrNames says which xattrs of a tree belong to its content.
+type xattrNames struct {
+	// raw: the tree is a mounted overlay, whose own xattrs the kernel hides: a name that
+	// looks like one of these is content.
+	raw bool
+}
+
+// content returns the name by which a tar has the xattr, and false for one that it doesn't have:
+// overlayfs's own, and what belongs to this machine, such as security.selinux.
+func (n xattrNames) content(attr string) (string, bool) {
+	switch {
+	case strings.HasPrefix(attr, trustedOverlay), strings.HasPrefix(attr, userOverlay):
+		if n.raw {
+			return attr, true
+		}
+		prefix := trustedOverlay
+		if attr[0] == 'u' {
+			prefix = userOverlay
+		}
+		inner, ok := strings.CutPrefix(attr[len(prefix):], escaped)
+		return prefix + inner, ok
+	case strings.HasPrefix(attr, "user."), strings.HasPrefix(attr, "trusted."):
+		return attr, true
+	}
+	switch attr {
+	case "security.capability", "system.posix_acl_access", "system.posix_acl_default":
+		return attr, true
+	}
+	return "", false
+}
+
+// xattrSource reads the xattrs of one file: an open one, or one by its name beneath an
+// open directory if fd is -1.
+type xattrSource struct {
+	fd    int
+	dirfd int
+	name  sys.Name
+}
+
+// list returns the names, each ended by a NUL, in buf or a larger one.
+func (s xattrSource) list(buf []byte) (names, grown []byte, err error) {
+	for {
+		var n int
+		if s.fd >= 0 {
+			n, err = sys.Flistxattr(s.fd, buf)
+		} else {
+			n, err = sys.ListxattrName(s.dirfd, s.name, buf)
+		}
+		switch {
+		case err == nil:
+			return buf[:n], buf, nil
+		case noXattr(err):
+			return nil, buf, nil
+		case !errors.Is(err, unix.ERANGE) || len(buf) > 64<<10:
+			return nil, buf, err
+		}
+		buf = make([]byte, 64<<10+1)
+	}
+}
+
+func (s xattrSource) get(attr string) ([]byte, error) {
+	if s.fd >= 0 {
+		return sys.Fgetxattr(s.fd, attr)
+	}
+	return sys.Getxattrat(s.dirfd, s.name.String(), attr)
+}
+
+// content reads the xattrs among names that belong to the content, sorted by name, appended to dst.
+func (s xattrSource) content(dst []tarXattr, names []byte, which xattrNames) ([]tarXattr, error) {
+	for len(names) > 0 {
+		attr := names
+		if end := bytes.IndexByte(names, 0); end >= 0 {
+			attr, names = names[:end], names[end+1:]
+		} else {
+			names = nil
+		}
+		name, ok := which.content(string(attr))
+		if !ok {
+			continue
+		}
+		value, err := s.get(string(attr))
+		if errors.Is(err, unix.ENODATA) {
+			continue // removed since it was listed
+		}
+		if err != nil {
+			return dst, fmt.Errorf("%s: %w", attr, err)
+		}
+		dst = append(dst, tarXattr{name, string(value)})
+	}
+	slices.SortFunc(dst, func(a, b tarXattr) int { return strings.Compare(a.name, b.name) })
+	return dst, nil
+}
+
+// packXattrs translates the owners that values hold.
+func packXattrs(xattrs []tarXattr, m IDMap) error {
+	if m.Empty() {
+		return nil
+	}
+	for i := range xattrs {
+		x := &xattrs[i]
+		var err error
+		switch x.name {
+		case "security.capability":
+			x.value, err = packCapability(x.value, m)
+		case "system.posix_acl_access", "system.posix_acl_default":
+			x.value, err = packACL(x.value, m)
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", x.name, err)
+		}
+	}
+	return nil
+}
+
+// packCapability translates the root's uid of version 3 (Linux 4.14): struct
+// vfs_ns_cap_data of include/uapi/linux/capability.h, whose last word it is. If that is the
+// container's root, version 2 says the same, and is what set the capability there.
+func packCapability(value string, m IDMap) (string, error) {
+	const size2, size3, version2, version3 = 20, 24, 2, 3
+	if len(value) != size3 || value[3] != version3 {
+		return value, nil
+	}
+	b := []byte(value)
+	uid, err := toContainer(m.UIDs, "uid", binary.LittleEndian.Uint32(b[size2:]))
+	if err != nil {
+		return "", err
+	}
+	if uid == 0 {
+		b[3] = version2
+		return string(b[:size2]), nil
+	}
+	binary.LittleEndian.PutUint32(b[size2:], uid)
+	return string(b), nil
+}
+
+// packACL translates the users and groups of an ACL: a version word, then entries of tag and
+// permission, 16 bits each, and id (include/uapi/linux/posix_acl_xattr.h).
+func packACL(value string, m IDMap) (string, error) {
+	const header, entry, user, group = 4, 8, 0x02, 0x08
+	if len(value) < header || (len(value)-header)%entry != 0 {
+		return "", fmt.Errorf("%d bytes are no ACL: %w", len(value), unix.EINVAL)
+	}
+	b := []byte(value)
+	for e := b[header:]; len(e) > 0; e = e[entry:] {
+		id := binary.LittleEndian.Uint32(e[4:])
+		var err error
+		switch binary.LittleEndian.Uint16(e) {
+		case user:
+			id, err = toContainer(m.UIDs, "uid", id)
+		case group:
+			id, err = toContainer(m.GIDs, "gid", id)
+		default:
+			continue
+		}
+		if err != nil {
+			return "", err
+		}
+		binary.LittleEndian.PutUint32(e[4:], id)
+	}
+	return string(b), nil
+}
