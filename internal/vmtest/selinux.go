@@ -1,0 +1,5 @@
+//go:build linux
+
+package main
+
+func (m *machine) addPolicy(rd *initrd) (string, error) { return "", nil }
