@@ -11,6 +11,8 @@ IMAGE ?=
 # TESTFLAGS are added to every go test, as in make test TESTFLAGS='-run Create -v'.
 TESTFLAGS ?=
 FUZZTIME ?= 20s
+# VMFLAGS are those of internal/vmtest; docs/testing-vm.md has them.
+VMFLAGS ?=
 
 # each runs a command in every module.
 each = @set -e; for m in $(MODULES); do echo "== $$m"; (cd $$m && $(1)); done
@@ -53,6 +55,14 @@ check: ## formatting, go.mod files, allowed modules, sizes of files
 .PHONY: fuzz-quick
 fuzz-quick: ## run every fuzz test for FUZZTIME (20s)
 	@scripts/fuzz.sh $(FUZZTIME)
+
+.PHONY: test-vm
+test-vm: ## test in guests with Linux 6.1 and 6.12: project quotas on xfs and ext4 (VMFLAGS='-pkg quota -v')
+	$(GO) run ./internal/vmtest $(VMFLAGS)
+
+.PHONY: test-vm-all
+test-vm-all: ## the same in all guests: SELinux on, pages of 64 KiB too
+	$(GO) run ./internal/vmtest -all $(VMFLAGS)
 
 .PHONY: demo
 demo: ## the whole life of an image, shown and verified; IMAGE=path takes your own
