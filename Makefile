@@ -45,11 +45,11 @@ lint: ## run the pinned golangci-lint over every module (the first time compiles
 
 .PHONY: vet-all
 vet-all: ## vet the library for every system that it compiles on
-	@set -e; for s in linux/amd64 linux/arm64 linux/386 linux/ppc64le darwin/arm64; do echo "== $$s"; \
-		GOOS=$${s%/*} GOARCH=$${s#*/} $(GO) vet ./...; done
+	@status=0; for s in linux/amd64 linux/arm64 linux/386 linux/ppc64le darwin/arm64; do echo "== $$s"; \
+		GOOS=$${s%/*} GOARCH=$${s#*/} $(GO) vet ./... || status=1; done; exit $$status
 
 .PHONY: check
-check: ## formatting, go.mod files, allowed modules, sizes of files
+check: ## formatting, go.mod files, allowed modules, sizes of files, shell scripts
 	@scripts/check.sh
 
 .PHONY: fuzz-quick

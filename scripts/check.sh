@@ -12,7 +12,7 @@ bad() {
 
 mapfile -t files < <(git ls-files '*.go')
 unformatted=$(gofmt -l "${files[@]}")
-[ -z "$unformatted" ] || bad "not formatted by gofmt:" $unformatted
+[ -z "$unformatted" ] || bad "not formatted by gofmt:" "$unformatted"
 
 while read -r mod; do
 	# What pins the linters has hundreds of modules that only its own tests need.
@@ -32,12 +32,15 @@ cyphar.com/go-pathrs
 github.com/cyphar/filepath-securejoin'
 linked=$("$go" list -deps -f '{{with .Module}}{{.Path}}{{end}}' ./... | sort -u | sed '/^$/d')
 extra=$(comm -23 <(echo "$linked") <(sort -u <<<"$allowed"))
-[ -z "$extra" ] || bad "the library links modules that it must not:" $extra
+[ -z "$extra" ] || bad "the library links modules that it must not:" "$extra"
 direct=$("$go" list -m -f '{{if not (or .Indirect .Main)}}{{.Path}}{{end}}' all | sed '/^$/d')
 extra=$(comm -23 <(sort <<<"$direct") <(printf '%s\n' "$allowed" github.com/google/go-cmp | sort -u))
-[ -z "$extra" ] || bad "go.mod requires modules that the library must not use:" $extra
+[ -z "$extra" ] || bad "go.mod requires modules that the library must not use:" "$extra"
 # netgo and the like would hide it: plainly, the library builds without a C compiler.
 CGO_ENABLED=0 "$go" build ./... || bad "the library needs cgo"
+
+mapfile -t shells < <(git ls-files '*.sh' .ci/run)
+shellcheck -S warning "${shells[@]}" || bad "shellcheck is not content"
 
 for f in "${files[@]}"; do
 	case $f in

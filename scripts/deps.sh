@@ -1,5 +1,5 @@
 #!/bin/bash
-# Installs by apt-get what the tests call and this machine lacks. Does nothing, and needs no
+# Installs by apt-get what the tests and checks call and this machine lacks. Does nothing, and needs no
 # network, when all is there. Without root or apt-get it only tells: tests that need
 # a missing program are skipped with its name.
 set -euo pipefail
@@ -8,7 +8,7 @@ set -euo pipefail
 wanted=(
 	mkfs.ext4=e2fsprogs mkfs.xfs=xfsprogs mkfs.btrfs=btrfs-progs losetup=mount
 	getfattr=attr setcap=libcap2-bin tar=tar bsdtar=libarchive-tools zstd=zstd xz=xz-utils
-	gcc=gcc git=git
+	gcc=gcc git=git shellcheck=shellcheck
 )
 
 packages=()

@@ -22,7 +22,7 @@ start() {
 	return 1
 }
 stop() {
-	[ -z "$daemon" ] || { kill "$daemon" && wait "$daemon" || true; }
+	[ -z "$daemon" ] || { kill "$daemon" && wait "$daemon"; } || true
 	daemon=
 }
 cleanup() {
@@ -44,40 +44,40 @@ layer() {
 join() { local IFS=,; echo "$*"; }
 
 a=$work/a b=$work/b c=$work/c
-mkdir -p $a/{etc,bin,var/cache/old,var/lib,dev} $b/{etc,var/cache,opt} $c/{etc,var/lib}
-echo root:x:0:0 >$a/etc/passwd
-echo gone >$a/etc/gone
-echo changed >$a/etc/changed
-echo cached >$a/var/cache/old/f
-echo data >$a/var/lib/data
-printf '#!/bin/tool\n' >$a/bin/tool
-chmod 4755 $a/bin/tool
-ln $a/bin/tool $a/bin/same
-ln -s ../bin/tool $a/etc/link
-mkfifo $a/var/pipe
-mknod $a/dev/null c 1 3
-chown 5:6 $a/var/lib
-chmod 2770 $a/var/lib
+mkdir -p "$a"/{etc,bin,var/cache/old,var/lib,dev} "$b"/{etc,var/cache,opt} "$c"/{etc,var/lib}
+echo root:x:0:0 >"$a"/etc/passwd
+echo gone >"$a"/etc/gone
+echo changed >"$a"/etc/changed
+echo cached >"$a"/var/cache/old/f
+echo data >"$a"/var/lib/data
+printf '#!/bin/tool\n' >"$a"/bin/tool
+chmod 4755 "$a"/bin/tool
+ln "$a"/bin/tool "$a"/bin/same
+ln -s ../bin/tool "$a"/etc/link
+mkfifo "$a"/var/pipe
+mknod "$a"/dev/null c 1 3
+chown 5:6 "$a"/var/lib
+chmod 2770 "$a"/var/lib
 # Not on the file with two names: Docker's chown of the second takes a capability away.
-echo ping >$a/bin/ping
-setcap cap_net_raw+ep $a/bin/ping
-setfattr -n user.note -v kept $a/bin/ping
+echo ping >"$a"/bin/ping
+setcap cap_net_raw+ep "$a"/bin/ping
+setfattr -n user.note -v kept "$a"/bin/ping
 layer a
-echo new >$b/etc/new
-echo changed again >$b/etc/changed
-: >$b/etc/.wh.gone
-: >$b/var/cache/.wh..wh..opq
-echo fresh >$b/var/cache/fresh
+echo new >"$b"/etc/new
+echo changed again >"$b"/etc/changed
+: >"$b"/etc/.wh.gone
+: >"$b"/var/cache/.wh..wh..opq
+echo fresh >"$b"/var/cache/fresh
 layer b
-rmdir $c/var/lib
-: >$c/var/.wh.lib
-echo now a file >$c/etc/new
-ln -s /nowhere $c/bin
+rmdir "$c"/var/lib
+: >"$c"/var/.wh.lib
+echo now a file >"$c"/etc/new
+ln -s /nowhere "$c"/bin
 layer c
-config='{"architecture":"amd64","os":"linux","config":{"Cmd":["/bin/tool"]},"rootfs":{"type":"layers","diff_ids":['$(join "${diffids[@]}")']},"history":[{},{},{}]}'
+config='{"architecture":"amd64","os":"linux","config":{"Cmd":["/bin/tool"]},"rootfs":{"type":"layers","diff_ids":['"$(join "${diffids[@]}")"']},"history":[{},{},{}]}'
 name=$(sha256sum <<<"$config" | cut -d' ' -f1).json
 echo "$config" >"$work/image/$name"
-echo '[{"Config":"'$name'","RepoTags":["home:1"],"Layers":['$(join "${layers[@]}")']}]' >"$work/image/manifest.json"
+echo '[{"Config":"'"$name"'","RepoTags":["home:1"],"Layers":['"$(join "${layers[@]}")"']}]' >"$work/image/manifest.json"
 
 start
 version=$("$client" version -f '{{.Server.Version}}' | grep -o '^[0-9]*\.[0-9]*')
