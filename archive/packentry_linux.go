@@ -273,14 +273,11 @@ func (p *packer) metacopyData(src source, f *packFrame, m marks) (int, error) {
 		return f.view.openData(src.name.String())
 	}
 	if p.lowers == nil {
-		return -1, fmt.Errorf("a file without data (overlay.metacopy) needs the lower layers: %w", unix.EINVAL)
+		return -1, errNeedsLowers("overlay.metacopy")
 	}
 	low, err := p.low(len(p.frames) - 1)
 	if err != nil {
 		return -1, err
 	}
-	if low == nil {
-		low = &mergedDir{chain: p.lowers.chain}
-	}
-	return low.dataBelow(m, src.name.String())
+	return p.lowers.dataBelow(low, src.name.String(), m)
 }

@@ -216,29 +216,13 @@ func (p *packer) dir(src source, f *packFrame, through bool) error {
 // redirected returns all that the renamed directory fd shows.
 func (p *packer) redirected(fd int, name sys.Name, m marks) (*mergedDir, error) {
 	if p.lowers == nil {
-		return nil, fmt.Errorf("a renamed directory (overlay.redirect) needs the lower layers: %w", unix.EINVAL)
+		return nil, errNeedsLowers("overlay.redirect")
 	}
-	top, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	low, err := p.low(len(p.frames) - 1)
 	if err != nil {
 		return nil, err
 	}
-	view := &mergedDir{chain: p.lowers.chain, parts: []lowerDir{{fd: top, layer: -1, marked: m.holdsMarks}}}
-	up, err := p.low(len(p.frames) - 1)
-	if err == nil && up == nil && m.redirect[0] == '/' {
-		// An opaque directory above doesn't hold up a path from the root.
-		up = &mergedDir{chain: p.lowers.chain}
-	}
-	if err == nil && up != nil {
-		var low *mergedDir
-		if low, err = up.below(m, name.String()); low != nil {
-			view.parts = append(view.parts, low.parts...)
-		}
-	}
-	if err != nil {
-		view.close()
-		return nil, err
-	}
-	return view, nil
+	return p.lowers.shown(low, fd, name.String(), m)
 }
 
 // replaced says that something else was found than was listed.

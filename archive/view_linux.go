@@ -144,6 +144,35 @@ func (d *mergedDir) below(m marks, name string) (*mergedDir, error) {
 	return d.descend(s)
 }
 
+// shown returns all that the directory fd shows, which lies by name in the layer above
+// d, the root of a view, in a directory that merges with low: nil for one that merges with
+// nothing. m are fd's marks. fd stays the caller's.
+func (d *mergedDir) shown(low *mergedDir, fd int, name string, m marks) (*mergedDir, error) {
+	below, err := d.orEmpty(low).below(m, name)
+	if err != nil {
+		return nil, err
+	}
+	top, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		below.close()
+		return nil, err
+	}
+	view := &mergedDir{chain: d.chain, parts: []lowerDir{{fd: top, layer: -1, marked: m.holdsMarks}}}
+	if below != nil {
+		view.parts = append(view.parts, below.parts...)
+	}
+	return view, nil
+}
+
+// orEmpty is a directory without parts for one that merges with nothing: an absolute
+// redirect leads out of that.
+func (d *mergedDir) orEmpty(low *mergedDir) *mergedDir {
+	if low == nil {
+		return &mergedDir{chain: d.chain}
+	}
+	return low
+}
+
 // descend goes down the layers for s, as ovl_lookup does (fs/overlayfs/namei.c).
 func (d *mergedDir) descend(s *search) (*mergedDir, error) {
 	out := &mergedDir{chain: d.chain}
@@ -168,12 +197,12 @@ func (d *mergedDir) openData(name string) (int, error) {
 	return d.data(&search{format: d.chain.format, name: name, file: true})
 }
 
-// dataBelow opens the content of a metacopy file that lies by name in the layer above
-// all of d. m are that file's marks.
-func (d *mergedDir) dataBelow(m marks, name string) (int, error) {
+// dataBelow opens the content of a metacopy file that lies by name in the layer above d,
+// the root of a view, in a directory that merges with low, as in shown.
+func (d *mergedDir) dataBelow(low *mergedDir, name string, m marks) (int, error) {
 	s := &search{format: d.chain.format, name: name, file: true}
 	s.obey(m, "", "")
-	return d.data(s)
+	return d.orEmpty(low).data(s)
 }
 
 func (d *mergedDir) data(s *search) (int, error) {
@@ -329,4 +358,9 @@ func (d *mergedDir) buildIndex() map[string]int {
 		}
 	}
 	return index
+}
+
+// errNeedsLowers says that a layer can't be read alone.
+func errNeedsLowers(mark string) error {
+	return fmt.Errorf("%s: the layers beneath must be known: %w", mark, unix.EINVAL)
 }

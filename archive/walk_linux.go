@@ -40,7 +40,7 @@ func (l *nameList) read(r *sys.DirReader, fd int, sorted bool) error {
 		if name == nil {
 			break
 		}
-		if len(l.bytes)+len(name) >= 1<<32-1 {
+		if int64(len(l.bytes)+len(name)) >= 1<<32-1 {
 			return fmt.Errorf("directory with more than 4 GiB of names: %w", unix.E2BIG)
 		}
 		l.add(name, typ)
@@ -135,7 +135,8 @@ func (w *walk) enter(fd int) (*walkDir, error) {
 	d.fd, d.parked = fd, false
 	d.bytes, d.names, d.next = d.bytes[:0], d.names[:0], 0
 	w.dirs = append(w.dirs, d)
-	if up := len(w.dirs) - 1 - maxOpen; up >= 0 && w.dirs[up].fd >= 0 {
+	// The way back is through the directory below: it must have a handle.
+	if up := len(w.dirs) - 1 - maxOpen; up >= 0 && w.dirs[up].fd >= 0 && w.dirs[up+1].fd >= 0 {
 		return d, w.dirs[up].park()
 	}
 	return d, nil

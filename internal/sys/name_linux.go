@@ -86,14 +86,19 @@ func statOld(dirfd int, name Name, flags int, st *Stat) error {
 	if err != nil {
 		return err
 	}
+	*st = FromStat(&o)
+	return nil
+}
+
+// FromStat converts the C library's form of the metadata.
+func FromStat(o *unix.Stat_t) Stat {
 	// The fields' widths differ between architectures, hence the conversions.
-	*st = Stat{
+	return Stat{
 		Dev: uint64(o.Dev), Ino: o.Ino, Size: o.Size, Blocks: int64(o.Blocks),
 		Mtime: Time{int64(o.Mtim.Sec), uint32(o.Mtim.Nsec)}, Ctime: Time{int64(o.Ctim.Sec), uint32(o.Ctim.Nsec)},
 		Mode: o.Mode, Nlink: uint32(o.Nlink), UID: o.Uid, GID: o.Gid,
 		Major: unix.Major(uint64(o.Rdev)), Minor: unix.Minor(uint64(o.Rdev)),
 	}
-	return nil
 }
 
 // OpenName opens name beneath dirfd, with O_CLOEXEC and O_NOFOLLOW as Openat does.

@@ -1,0 +1,343 @@
+package archive
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/bcc2decd/overlay2/internal/sys"
+	"golang.org/x/sys/unix"
+)
+
+// Changes returns how the layer in dir, an upper directory, differs from the layers below it,
+// sorted by path, without mounting anything: only dir is walked, and each name looked up in the
+// lowers. dir and opts.Lowers are trusted host paths.
+//
+// A path is Added, with all beneath it, if the lowers don't show it; Deleted, without what was
+// beneath it, if they do and the layer hides it; and Modified if mode, owner, xattrs, time or,
+// for what is no directory, type, device, size, target or content differ, or if something beneath
+// a directory changed. A file that was copied up but is the same as below is no change. The root is
+// not listed. A directory that replaces a file, or the reverse, is Modified.
+//
+// It is what Compare finds between mounts of the layer and of its parent.
+//
+// Errors are *EntryError with the path of the file.
+func Changes(ctx context.Context, dir string, opts ChangesOptions) ([]Change, error) {
+	c := layerChanges{ctx: ctx, format: opts.Format}
+	defer c.close()
+	if err := c.run(dir, opts.Lowers); err != nil {
+		return nil, &EntryError{Op: "changes", Name: string(c.list.path) + "/" + c.name, Err: err}
+	}
+	return c.list.sorted(), nil
+}
+
+// layerChanges is one run of Changes.
+type layerChanges struct {
+	ctx    context.Context
+	format Format
+	lowers *mergedDir // the root of the view of the lowers
+	walk   walk
+	frames []changeFrame
+	list   changeList
+	files  comparer
+	// name is the entry at hand, for an error.
+	name string
+}
+
+// changeFrame is a directory that the walk is in.
+type changeFrame struct {
+	level
+	marks marks
+	// base is what the parent shows at this path; nil if no directory: then all here is Added.
+	base *mergedDir
+	// low is what merges beneath it: base, or nil if the directory is opaque or renamed.
+	low *mergedDir
+	// view, if set, is where names are looked up: a renamed directory shows more than the layer has.
+	view *mergedDir
+}
+
+func (c *layerChanges) close() {
+	for i := range c.frames {
+		c.frames[i].close()
+	}
+	c.walk.close()
+	c.lowers.close()
+}
+
+func (f *changeFrame) close() {
+	f.view.close()
+	f.base.close()
+}
+
+func (c *layerChanges) run(dir string, lowers []string) error {
+	if c.format == Merged {
+		return fmt.Errorf("a merged tree doesn't say what changed: %w", errors.ErrUnsupported)
+	}
+	var err error
+	if c.lowers, err = openLowers(lowers, c.format); err != nil {
+		return err
+	}
+	fd, err := sys.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	m, err := readMarks(fd, c.format)
+	if err != nil {
+		_ = sys.Close(fd)
+		return err
+	}
+	// The root merges with the lowers' whatever its marks say. It shares their handles.
+	root := &mergedDir{chain: c.lowers.chain, parts: c.lowers.parts}
+	if err := c.walk.push(fd, true); err != nil {
+		return err
+	}
+	c.frames = append(c.frames, changeFrame{level: level{changed: true}, marks: m, base: root, low: root})
+	c.lowers = &mergedDir{chain: c.lowers.chain}
+	for len(c.frames) > 0 {
+		if err := c.step(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// step looks at the next name of the directory at hand, or goes up.
+func (c *layerChanges) step() error {
+	c.name = ""
+	if err := c.ctx.Err(); err != nil {
+		return err
+	}
+	d := c.walk.top()
+	name, typ := d.take()
+	if name == nil {
+		return c.leave()
+	}
+	c.name = name.String()
+	f := &c.frames[len(c.frames)-1]
+	now := fileAt{dirfd: d.fd, name: name}
+	var err error
+	if f.view != nil {
+		var e lowerEntry
+		if e, err = f.view.lookup(c.name); err == nil && !e.exists {
+			err = ErrChanged
+		}
+		now.dirfd, now.st = e.dirfd, sys.FromStat(&e.st)
+		typ = uint8(now.st.Mode >> 12) // as IFTODT does
+	}
+	if err != nil {
+		return err
+	}
+	if f.base == nil {
+		return c.added(f, &now, typ)
+	}
+	e, err := f.base.lookup(c.name)
+	if err != nil {
+		return err
+	}
+	if !e.exists {
+		return c.added(f, &now, typ)
+	}
+	return c.both(f, &now, &e)
+}
+
+// added lists what the lowers don't show, and goes down into it. A whiteout of nothing is nothing.
+func (c *layerChanges) added(f *changeFrame, now *fileAt, typ uint8) error {
+	if f.view == nil && (typ == unix.DT_UNKNOWN || typ == unix.DT_CHR || f.marks.holdsMarks) {
+		white, err := c.stat(f, now)
+		if err != nil || white {
+			return err
+		}
+		typ = uint8(now.st.Mode >> 12)
+	}
+	c.list.add(now.name, Added)
+	if typ != unix.DT_DIR {
+		return nil
+	}
+	return c.enter(f, now, nil, true)
+}
+
+// stat reads the metadata of an entry of the layer itself, and says whether it is a whiteout.
+func (c *layerChanges) stat(f *changeFrame, now *fileAt) (white bool, err error) {
+	if err := sys.StatName(now.dirfd, now.name, &now.st); err != nil {
+		return false, err
+	}
+	st := &now.st
+	if st.Type() == unix.S_IFCHR && st.Major == 0 && st.Minor == 0 {
+		return true, nil
+	}
+	if !f.marks.holdsMarks || st.Type() != unix.S_IFREG || st.Size != 0 {
+		return false, nil
+	}
+	_, err = sys.Getxattrat(now.dirfd, c.name, c.format.xattrPrefix()+"whiteout")
+	if noXattr(err) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// both compares what the layer has with what the lowers show by the same name.
+func (c *layerChanges) both(f *changeFrame, now *fileAt, e *lowerEntry) error {
+	if f.view == nil {
+		white, err := c.stat(f, now)
+		if err != nil {
+			return err
+		}
+		if white {
+			c.list.add(now.name, Deleted)
+			return nil
+		}
+	}
+	name := c.name
+	before := fileAt{dirfd: e.dirfd, name: now.name, st: sys.FromStat(&e.st), open: func() (int, error) { return f.base.openData(name) }}
+	now.open = func() (int, error) { return c.openData(f, now) }
+	same, err := c.files.same(now, &before)
+	if err != nil {
+		return err
+	}
+	isDir := now.st.Type() == unix.S_IFDIR
+	if !same || isDir {
+		c.list.add(now.name, Modified)
+	}
+	if !isDir {
+		return nil
+	}
+	var base *mergedDir
+	if before.st.Type() == unix.S_IFDIR {
+		if base, err = f.base.child(name); err != nil {
+			return err
+		}
+	}
+	return c.enter(f, now, base, !same || base == nil)
+}
+
+// openData opens the content of a file of the layer.
+func (c *layerChanges) openData(f *changeFrame, now *fileAt) (int, error) {
+	if f.view != nil {
+		return f.view.openData(now.name.String())
+	}
+	fd, err := openRegular(now.dirfd, now.name)
+	if err != nil {
+		return -1, err
+	}
+	m, err := readMarks(fd, c.format)
+	if err == nil && !m.metacopy {
+		return fd, nil
+	}
+	_ = sys.Close(fd) // read only: nothing can be lost
+	if err != nil {
+		return -1, err
+	}
+	return c.lowers.dataBelow(f.low, now.name.String(), m)
+}
+
+// enter goes down into a directory, which is the last of the list: to stay there only if
+// changed, or if something is found beneath. base is what the lowers show at its path; enter
+// takes it over.
+func (c *layerChanges) enter(f *changeFrame, now *fileAt, base *mergedDir, changed bool) error {
+	next := changeFrame{base: base, low: base}
+	next.level = level{start: len(c.list.path), mark: len(c.list.changes), changed: changed}
+	fd, err := c.openDir(f, now, &next)
+	if err != nil {
+		next.close()
+		return err
+	}
+	c.list.path = append(append(c.list.path, '/'), now.name[:len(now.name)-1]...)
+	c.frames = append(c.frames, next)
+	d, err := c.walk.enter(fd)
+	if err != nil {
+		return err
+	}
+	if next.view == nil {
+		if err := d.read(&c.walk.dents, fd, true); err != nil {
+			return err
+		}
+	} else {
+		names, err := next.view.names()
+		if err != nil {
+			return err
+		}
+		for _, name := range names {
+			d.add([]byte(name), unix.DT_UNKNOWN)
+		}
+	}
+	if base != nil && next.low != base {
+		return c.hidden(d, &next)
+	}
+	return nil
+}
+
+// openDir opens a directory and finds what shows in it: fd is -1 if it is only known by its view.
+func (c *layerChanges) openDir(f *changeFrame, now *fileAt, next *changeFrame) (fd int, err error) {
+	name := now.name.String()
+	if f.view != nil {
+		next.low = nil
+		if next.view, err = f.view.child(name); err == nil && next.view == nil {
+			err = ErrChanged
+		}
+		return -1, err
+	}
+	fd, err = sys.OpenQuiet(now.dirfd, now.name, unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		return -1, replaced(err)
+	}
+	if next.marks, err = readMarks(fd, c.format); err != nil {
+		_ = sys.Close(fd)
+		return -1, err
+	}
+	if next.marks.opaque || f.low != f.base {
+		// Nothing shows through; or the lowers that the parent merges with are others than those
+		// that it is compared with.
+		next.low = nil
+	}
+	if next.marks.redirect != "" {
+		next.low = nil
+		next.view, err = c.lowers.shown(f.low, fd, name, next.marks)
+	}
+	if err != nil {
+		_ = sys.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// hidden lists what the lowers have in a directory and the layer hides as a whole: where it is
+// opaque, or shows something else.
+func (c *layerChanges) hidden(d *walkDir, f *changeFrame) error {
+	names, err := f.base.names()
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		c.name = name
+		if f.view != nil {
+			e, err := f.view.lookup(name)
+			if err != nil {
+				return err
+			}
+			if !e.exists {
+				c.list.add(sys.MakeName(name), Deleted)
+			}
+			continue
+		}
+		now := fileAt{dirfd: d.fd, name: sys.MakeName(name)}
+		// A whiteout among them is listed when the walk comes to it.
+		if _, err := c.stat(f, &now); isNotThere(err) {
+			c.list.add(now.name, Deleted)
+		} else if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *layerChanges) leave() error {
+	f := c.frames[len(c.frames)-1]
+	c.frames = c.frames[:len(c.frames)-1]
+	if !f.changed && len(c.list.changes) == f.mark {
+		c.list.changes = c.list.changes[:f.mark-1]
+	}
+	err := c.walk.pop()
+	f.close()
+	c.list.path = c.list.path[:f.start]
+	return err
+}

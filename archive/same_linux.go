@@ -1,0 +1,206 @@
+package archive
+
+import (
+	"bytes"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/bcc2decd/overlay2/internal/sys"
+	"golang.org/x/sys/unix"
+)
+
+// fileAt is one of two files that are compared.
+type fileAt struct {
+	dirfd int
+	name  sys.Name
+	st    sys.Stat
+	attrs xattrNames
+	// open opens the content for reading.
+	open func() (int, error)
+}
+
+// comparer compares files. It keeps its buffers.
+type comparer struct {
+	// mounted: the files may be the same inode shown by two overlays, each with a device
+	// number of its own.
+	mounted bool
+
+	listA, listB []byte
+	dataA, dataB []byte
+	textA, textB []byte
+}
+
+// same says whether two files show no difference: type, permissions, owner, time, xattrs
+// and, for what is no directory, size, device number, target, content. What of these is
+// cheap comes first.
+func (c *comparer) same(a, b *fileAt) (bool, error) {
+	x, y := &a.st, &b.st
+	if x.Mode != y.Mode || x.UID != y.UID || x.GID != y.GID || x.Mtime != y.Mtime {
+		return false, nil
+	}
+	isDir := x.Type() == unix.S_IFDIR
+	if !isDir && x.Size != y.Size {
+		return false, nil
+	}
+	if t := x.Type(); (t == unix.S_IFCHR || t == unix.S_IFBLK) && (x.Major != y.Major || x.Minor != y.Minor) {
+		return false, nil
+	}
+	if !isDir && x.Ino == y.Ino && x.Ctime == y.Ctime && (x.Dev == y.Dev || c.mounted) {
+		return true, nil
+	}
+	if same, err := c.sameXattrs(a, b); err != nil || !same || isDir {
+		return same, err
+	}
+	switch x.Type() {
+	case unix.S_IFLNK:
+		return c.sameTarget(a, b)
+	case unix.S_IFREG:
+		return c.sameContent(a, b)
+	}
+	return true, nil
+}
+
+func (c *comparer) sameXattrs(a, b *fileAt) (bool, error) {
+	if c.listA == nil {
+		c.listA, c.listB = make([]byte, 1<<10), make([]byte, 1<<10)
+	}
+	var namesA, namesB []byte
+	var err error
+	from, to := a.xattrs(), b.xattrs()
+	if namesA, c.listA, err = from.list(c.listA); err != nil {
+		return false, err
+	}
+	if namesB, c.listB, err = to.list(c.listB); err != nil {
+		return false, err
+	}
+	if len(namesA)+len(namesB) == 0 {
+		return true, nil
+	}
+	x, err := from.content(nil, namesA, a.attrs)
+	if err != nil {
+		return false, err
+	}
+	y, err := to.content(nil, namesB, b.attrs)
+	return slices.Equal(x, y), err
+}
+
+func (f *fileAt) xattrs() xattrSource { return xattrSource{fd: -1, dirfd: f.dirfd, name: f.name} }
+
+func (c *comparer) sameTarget(a, b *fileAt) (bool, error) {
+	var err error
+	if c.textA, err = sys.ReadlinkName(a.dirfd, a.name, c.textA[:0]); err != nil {
+		return false, err
+	}
+	if c.textB, err = sys.ReadlinkName(b.dirfd, b.name, c.textB[:0]); err != nil {
+		return false, err
+	}
+	return bytes.Equal(c.textA, c.textB), nil
+}
+
+func (c *comparer) sameContent(a, b *fileAt) (bool, error) {
+	if a.st.Size == 0 {
+		return true, nil
+	}
+	x, err := a.open()
+	if err != nil {
+		return false, replaced(err)
+	}
+	defer func() { _ = sys.Close(x) }() // read only: nothing can be lost
+	y, err := b.open()
+	if err != nil {
+		return false, replaced(err)
+	}
+	defer func() { _ = sys.Close(y) }()
+	var one, other sys.Stat
+	if err := sys.StatFd(x, &one); err != nil {
+		return false, err
+	}
+	if err := sys.StatFd(y, &other); err != nil {
+		return false, err
+	}
+	if one.Dev == other.Dev && one.Ino == other.Ino {
+		return true, nil // data that two metacopies share
+	}
+	return c.sameData(x, y)
+}
+
+// sameData reads two files to their ends, or to the first difference.
+func (c *comparer) sameData(x, y int) (bool, error) {
+	if c.dataA == nil {
+		c.dataA, c.dataB = make([]byte, 256<<10), make([]byte, 256<<10)
+	}
+	for {
+		n, err := readFull(x, c.dataA)
+		if err != nil {
+			return false, err
+		}
+		m, err := readFull(y, c.dataB)
+		if err != nil {
+			return false, err
+		}
+		if n != m || !bytes.Equal(c.dataA[:n], c.dataB[:m]) {
+			return false, nil
+		}
+		if n < len(c.dataA) {
+			return true, nil
+		}
+	}
+}
+
+// readFull reads until buf is full or the file ends.
+func readFull(fd int, buf []byte) (int, error) {
+	n := 0
+	for n < len(buf) {
+		m, err := sys.Read(fd, buf[n:])
+		if err != nil {
+			return n, err
+		}
+		if m == 0 {
+			break
+		}
+		n += m
+	}
+	return n, nil
+}
+
+// openRegular opens a regular file by its name; it was one a moment ago.
+func openRegular(dirfd int, name sys.Name) (int, error) {
+	fd, err := sys.OpenQuiet(dirfd, name, unix.O_RDONLY|unix.O_NONBLOCK)
+	if err != nil {
+		return -1, replaced(err)
+	}
+	var st sys.Stat
+	if err := sys.StatFd(fd, &st); err != nil || st.Type() != unix.S_IFREG {
+		_ = sys.Close(fd)
+		if err == nil {
+			err = fmt.Errorf("no regular file any more: %w", ErrChanged)
+		}
+		return -1, err
+	}
+	return fd, nil
+}
+
+// changeList collects changes in the order of a walk.
+type changeList struct {
+	changes []Change
+	// path names the directory at hand, without a trailing slash; empty for the root.
+	path []byte
+}
+
+func (l *changeList) add(name sys.Name, kind Kind) {
+	n := len(l.path)
+	l.path = append(append(l.path, '/'), name[:len(name)-1]...)
+	l.changes = append(l.changes, Change{Path: string(l.path), Kind: kind})
+	l.path = l.path[:n]
+}
+
+// sorted returns the changes sorted by path. A walk's order differs from that only where a name
+// goes on with a byte before the slash.
+func (l *changeList) sorted() []Change {
+	byPath := func(a, b Change) int { return strings.Compare(a.Path, b.Path) }
+	if !slices.IsSortedFunc(l.changes, byPath) {
+		slices.SortFunc(l.changes, byPath)
+	}
+	return l.changes
+}
