@@ -22,7 +22,7 @@ import (
 // It is what Compare finds between mounts of the layer and of its parent.
 //
 // Errors are *EntryError with the path of the file.
-func Changes(ctx context.Context, dir string, opts ChangesOptions) ([]Change, error) {
+func Changes(ctx context.Context, dir string, opts ReadOptions) ([]Change, error) {
 	c := layerChanges{ctx: ctx, format: opts.Format}
 	defer c.close()
 	if err := c.run(dir, opts.Lowers); err != nil {

@@ -61,7 +61,7 @@ func TestChangesAreWhatTheKernelShows(t *testing.T) {
 							must(t, err)
 						})
 					})
-					got, err := Changes(context.Background(), layers[top], ChangesOptions{Format: f, Lowers: layers[top+1:]})
+					got, err := Changes(context.Background(), layers[top], ReadOptions{Format: f, Lowers: layers[top+1:]})
 					must(t, err)
 					if g, w := changeText(got), changeText(want); g != w {
 						t.Errorf("layer %d: native:\n%s\nmounted:\n%s", top, g, w)

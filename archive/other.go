@@ -22,7 +22,7 @@ func Pack(context.Context, string, PackOptions) (Reader, error) {
 }
 
 // Changes is for Linux only.
-func Changes(context.Context, string, ChangesOptions) ([]Change, error) {
+func Changes(context.Context, string, ReadOptions) ([]Change, error) {
 	return nil, errors.ErrUnsupported
 }
 
@@ -37,6 +37,6 @@ func Usage(context.Context, string) (Stats, error) {
 }
 
 // OpenFile is for Linux only.
-func OpenFile(string, string) (io.ReadCloser, error) {
+func OpenFile(string, string, ReadOptions) (io.ReadCloser, error) {
 	return nil, errors.ErrUnsupported
 }

@@ -98,7 +98,7 @@ func TestPackTypes(t *testing.T) {
 	must(t, unix.Mknod(filepath.Join(dir, "zero"), unix.S_IFCHR|0o666, int(unix.Mkdev(1, 5))))
 	must(t, unix.Mknod(filepath.Join(dir, "disk"), unix.S_IFBLK|0o660, int(unix.Mkdev(259, 300))))
 	must(t, unix.Mknod(filepath.Join(dir, "sock"), unix.S_IFSOCK|0o660, 0))
-	must(t, os.Lchown(filepath.Join(dir, "l"), 3, 4000000000))
+	must(t, os.Lchown(filepath.Join(dir, "l"), 3, 2000000000))
 	must(t, unix.Setxattr(filepath.Join(dir, "a"), "user.x", []byte("v\x00w"), 0))
 	must(t, unix.Lsetxattr(filepath.Join(dir, "l"), "trusted.y", []byte("z"), 0))
 	must(t, unix.Lsetxattr(filepath.Join(dir, "p"), "trusted.overlay.origin", []byte("z"), 0))
@@ -110,8 +110,8 @@ a/f 1 4750 0:0 -> a/b/g
 a- 0 600 0:0
 a.c 0 600 0:0
 disk 4 640 0:0
-l 2 777 3:4000000000 -> ../x trusted.y="z"
-m 1 777 3:4000000000 -> l
+l 2 777 3:2000000000 -> ../x trusted.y="z"
+m 1 777 3:2000000000 -> l
 p 6 644 0:0
 zero 3 644 0:0`)
 }
