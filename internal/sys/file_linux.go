@@ -80,28 +80,16 @@ func IsDirat(dirfd int, name string) error {
 }
 
 // ReadNames calls f with the name of each entry of the open directory fd, in the
-// filesystem's order, until f returns false. The position of fd is moved.
+// filesystem's order, until f returns false.
 func ReadNames(fd int, f func(name string) bool) error {
-	buf := make([]byte, 32<<10)
+	var r DirReader
+	if err := r.Reset(fd); err != nil {
+		return err
+	}
 	for {
-		n, err := unix.ReadDirent(fd, buf)
-		if err == unix.EINTR {
-			continue
-		}
-		if err != nil {
+		name, _, err := r.Next()
+		if err != nil || name == nil || !f(string(name)) {
 			return err
-		}
-		if n == 0 {
-			return nil
-		}
-		names := make([]string, 0, 64)
-		if _, _, names = unix.ParseDirent(buf[:n], -1, names); len(names) == 0 {
-			continue
-		}
-		for _, name := range names {
-			if !f(name) {
-				return nil
-			}
 		}
 	}
 }
@@ -120,4 +108,3 @@ func RenameNoReplace(olddir int, oldname string, newdir int, newname string) err
 func Flock(fd, how int) error {
 	return retry(func() error { return unix.Flock(fd, how) })
 }
-

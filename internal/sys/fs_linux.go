@@ -83,3 +83,17 @@ func InUserNamespace() (bool, error) {
 	f := strings.Fields(string(data))
 	return len(f) != 3 || f[0] != "0" || f[1] != "0" || f[2] != "4294967295", nil
 }
+
+// HasDType reports whether reading the open directory fd tells the types of its entries.
+// The directory must hold at least one.
+func HasDType(fd int) (bool, error) {
+	var r DirReader
+	if err := r.Reset(fd); err != nil {
+		return false, err
+	}
+	name, typ, err := r.Next()
+	if err == nil && name == nil {
+		err = fmt.Errorf("directory is empty: %w", unix.ENOENT)
+	}
+	return typ != unix.DT_UNKNOWN, err
+}

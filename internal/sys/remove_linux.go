@@ -36,7 +36,10 @@ func RemoveAllAt(dirfd int, name string) (err error) {
 
 // remover is a walk through a tree that is being removed; frames are the directories from
 // the top to the one at work. All but the deepest few are closed and opened again by "..".
-type remover struct{ frames []removeFrame }
+type remover struct {
+	frames []removeFrame
+	dir    DirReader
+}
 
 type removeFrame struct {
 	fd       int // -1 while closed
@@ -49,7 +52,7 @@ type removeFrame struct {
 func (r *remover) step(top int) error {
 	f := &r.frames[len(r.frames)-1]
 	if len(f.names) == 0 {
-		if err := f.read(); err != nil {
+		if err := f.read(&r.dir); err != nil {
 			return err
 		}
 		if len(f.names) == 0 {
@@ -66,14 +69,18 @@ func (r *remover) step(top int) error {
 }
 
 // read takes the next names of the directory.
-func (f *removeFrame) read() error {
-	if _, err := unix.Seek(f.fd, 0, unix.SEEK_SET); err != nil {
+func (f *removeFrame) read(dir *DirReader) error {
+	if err := dir.Reset(f.fd); err != nil {
 		return err
 	}
-	return ReadNames(f.fd, func(name string) bool {
-		f.names = append(f.names, name)
-		return len(f.names) < removeBatch
-	})
+	for len(f.names) < removeBatch {
+		name, _, err := dir.Next()
+		if err != nil || name == nil {
+			return err
+		}
+		f.names = append(f.names, string(name))
+	}
+	return nil
 }
 
 // enter makes the directory name beneath dirfd the one at work.

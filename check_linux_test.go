@@ -1,0 +1,70 @@
+package overlay2
+
+import (
+	"os"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestCheck: each kind of damage is found, under the name of its file, and nothing else.
+func TestCheck(t *testing.T) {
+	for name, c := range map[string]struct {
+		damage func(t *testing.T, home string)
+		want   []string // paths, in order
+	}{
+		"nothing":         {func(*testing.T, string) {}, nil},
+		"link missing":    {func(t *testing.T, home string) { must(t, os.Remove(home+"/mid/link")) }, []string{"l/MID", "mid/link", "top/lower"}},
+		"l entry missing": {func(t *testing.T, home string) { must(t, os.Remove(linkPath(t, home, "mid"))) }, []string{"mid/link"}},
+		"l entry wrong":   {func(t *testing.T, home string) { replaceLink(t, home, "mid", "../base/diff") }, []string{"l/MID", "mid/link"}},
+		"l entry odd":     {func(t *testing.T, home string) { write(t, home+"/l/odd", "") }, []string{"l/odd"}},
+		"l entry dangling": {func(t *testing.T, home string) { must(t, os.Symlink("../none/diff", home+"/l/"+linkA)) },
+			[]string{"l/" + linkA}},
+		"lower empty":       {func(t *testing.T, home string) { write(t, home+"/top/lower", "") }, []string{"top/lower"}},
+		"lower too short":   {func(t *testing.T, home string) { cutLower(t, home, "top") }, []string{"top/lower"}},
+		"diff missing":      {func(t *testing.T, home string) { must(t, os.Remove(home+"/mid/diff")) }, []string{"mid/diff"}},
+		"work missing":      {func(t *testing.T, home string) { must(t, os.Remove(home+"/top/work")) }, []string{"top/work"}},
+		"committed missing": {func(t *testing.T, home string) { must(t, os.Remove(home+"/mid/committed")) }, []string{"mid/committed"}},
+		"merged stale":      {func(t *testing.T, home string) { must(t, os.Mkdir(home+"/top/merged", 0o700)) }, []string{"top/merged"}},
+		"incomplete":        {func(t *testing.T, home string) { write(t, home+"/top/incomplete", "empty\n") }, []string{"top/incomplete"}},
+		"stray file":        {func(t *testing.T, home string) { write(t, home+"/stray", "") }, []string{"stray"}},
+		"stray fifo":        {func(t *testing.T, home string) { must(t, unix.Mkfifo(home+"/stray", 0o600)) }, []string{"stray"}},
+		"staging leftover":  {func(t *testing.T, home string) { must(t, os.Mkdir(home+"/staging/new-X", 0o700)) }, []string{"staging/new-X"}},
+		"base gone":         {func(t *testing.T, home string) { must(t, os.RemoveAll(home+"/base")) }, []string{"l/BASE", "mid/lower", "top/lower"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newTestDriver(t, t.TempDir(), Options{})
+			must(t, d.Create("base", "", nil))
+			must(t, d.Create("mid", "base", nil))
+			must(t, d.CreateReadWrite("top", "mid", nil))
+			names := strings.NewReplacer("MID", strings.TrimPrefix(linkPath(t, d.home, "mid"), d.home+"/l/"),
+				"BASE", strings.TrimPrefix(linkPath(t, d.home, "base"), d.home+"/l/"))
+			c.damage(t, d.home)
+			problems, err := d.Check()
+			must(t, err)
+			var got []string
+			for _, p := range problems {
+				got = append(got, p.Path)
+				if p.Err == nil || p.String() == "" {
+					t.Errorf("problem without a text: %+v", p)
+				}
+			}
+			if want := names.Replace(strings.Join(c.want, " ")); strings.Join(got, " ") != want {
+				t.Errorf("problems %v\nwant %s", problems, want)
+			}
+			// The next test's Check must be empty.
+			must(t, os.RemoveAll(d.home))
+			must(t, os.MkdirAll(d.home+"/l", 0o700))
+		})
+	}
+}
+
+// cutLower leaves only the parent in a layer's chain.
+func cutLower(t *testing.T, home, id string) {
+	t.Helper()
+	data, err := os.ReadFile(home + "/" + id + "/lower")
+	must(t, err)
+	first, _, _ := strings.Cut(string(data), ":")
+	write(t, home+"/"+id+"/lower", first)
+}

@@ -1,0 +1,95 @@
+//go:build linux
+
+package overlay2
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/bcc2decd/overlay2/internal/linkid"
+	"github.com/bcc2decd/overlay2/internal/sys"
+	"golang.org/x/sys/unix"
+)
+
+// ownLinks returns the links in l/ that lead to the layer. Mostly that is the one its link
+// file names; if that file is damaged, l/ is searched.
+func (s *staging) ownLinks(l *layer) ([]string, error) {
+	lfd, err := sys.OpenDirat(s.homefd, linkDir)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", linkDir, err)
+	}
+	defer func() { _ = sys.Close(lfd) }()
+	want := linkTarget(l.id)
+	if link, err := l.link(); err == nil {
+		if target, err := sys.Readlinkat(lfd, link); err == nil && target == want {
+			return []string{link}, nil
+		}
+	}
+	var links []string
+	err = sys.ReadNames(lfd, func(name string) bool {
+		if linkid.Valid(name) {
+			if target, err := sys.Readlinkat(lfd, name); err == nil && target == want {
+				links = append(links, name)
+			}
+		}
+		return true
+	})
+	return links, err
+}
+
+// checkChildless returns ErrLayerInUse if another layer has this one in its chain. A layer that
+// never had a child, which the committed file tells, costs one call. For the others every
+// lower file is read, rather than a list kept: it is right whoever made the layers.
+func (s *staging) checkChildless(l *layer, links []string) error {
+	if committed, err := l.has(committedName); err != nil || !committed {
+		return err
+	}
+	if len(links) == 0 {
+		return nil // no chain can hold it
+	}
+	homefd, err := sys.OpenDirat(s.homefd, ".")
+	if err != nil {
+		return err
+	}
+	defer func() { _ = sys.Close(homefd) }()
+	var child string
+	var failed error
+	err = sys.ReadNames(homefd, func(name string) bool {
+		if name == l.id || checkID(name) != nil {
+			return true
+		}
+		has, err := s.chainHas(name, links)
+		if has || err != nil {
+			child, failed = name, err
+		}
+		return child == ""
+	})
+	switch {
+	case failed != nil:
+		return fmt.Errorf("whether layer %s is a child: %w", child, failed)
+	case err != nil:
+		return err
+	case child != "":
+		return fmt.Errorf("%w: layer %s is built on it", ErrLayerInUse, child)
+	}
+	return nil
+}
+
+// chainHas reports whether the lower file of id names one of links. What the file says
+// beside is not looked at: a damaged one may still be mended, and needs its parents then.
+func (s *staging) chainHas(id string, links []string) (bool, error) {
+	data, err := sys.ReadFileAt(s.homefd, id+"/"+lowerName, maxLowerFile)
+	switch {
+	case err == unix.ENOENT || err == unix.ENOTDIR || err == unix.ELOOP || errors.Is(err, sys.ErrNotRegular):
+		return false, nil
+	case err != nil:
+		return false, err
+	}
+	for _, link := range links {
+		if strings.Contains(string(data), link) {
+			return true, nil
+		}
+	}
+	return false, nil
+}

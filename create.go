@@ -1,0 +1,349 @@
+//go:build linux
+
+package overlay2
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/bcc2decd/overlay2/internal/linkid"
+	"github.com/bcc2decd/overlay2/internal/sys"
+	"golang.org/x/sys/unix"
+)
+
+// Create makes an empty layer that is to hold a diff: one on top of parent, or a base
+// layer if parent is "". Storage options are an error; they are for CreateReadWrite.
+//
+// The layer appears whole or, on an error, not at all. From then on the parent is
+// committed: it is given out read-only.
+func (d *Driver) Create(id, parent string, opts *CreateOpts) error {
+	if opts != nil && len(opts.StorageOpt) > 0 {
+		return layerErr("create", id, fmt.Errorf("%w: storage options are for read-write layers only", ErrInvalidOption))
+	}
+	return layerErr("create", id, d.create(id, parent, limits{}))
+}
+
+// CreateReadWrite makes an empty layer that is to be written through Get. It takes
+// limits as storage options, and the Driver's defaults apply.
+func (d *Driver) CreateReadWrite(id, parent string, opts *CreateOpts) error {
+	l, err := parseStorageOpt(opts, limits{size: d.opts.Size, inodes: d.opts.Inodes})
+	if err == nil {
+		err = d.create(id, parent, l)
+	}
+	return layerErr("create", id, err)
+}
+
+func (d *Driver) create(id, parent string, limit limits) (err error) {
+	if err := checkID(id); err != nil {
+		return err
+	}
+	if limit != (limits{}) && !d.hasQuota() {
+		return d.noQuota()
+	}
+	if parent == id {
+		return fmt.Errorf("%w: a layer cannot be its own parent", ErrInvalidID)
+	}
+	_, unlock := d.layers.lockChild(id, parent)
+	defer unlock()
+	s, err := d.openStaging()
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	if err := s.checkFree(id); err != nil {
+		return err
+	}
+	n := newLayer{d: d, s: s, id: id}
+	if parent != "" {
+		p, err := d.openParent(parent)
+		if err != nil {
+			return fmt.Errorf("parent %s: %w", parent, err)
+		}
+		defer p.close()
+		if n.lowers, err = parentChain(p); err != nil {
+			return fmt.Errorf("parent %s: %w", parent, err)
+		}
+		n.parent = p
+	}
+	return n.make()
+}
+
+// checkFree returns ErrLayerExists if the home has something of this name.
+func (s *staging) checkFree(id string) error {
+	var st unix.Stat_t
+	switch err := sys.Fstatat(s.homefd, id, &st); err {
+	case unix.ENOENT:
+		return nil
+	case nil:
+		return ErrLayerExists
+	default:
+		return err
+	}
+}
+
+// openParent opens a layer that is to get a child. Until the layer is closed no other
+// process removes it.
+func (d *Driver) openParent(id string) (*layer, error) {
+	p, err := openLayer(d.home, id)
+	if err != nil {
+		return nil, err
+	}
+	if err := sys.Flock(p.fd, unix.LOCK_SH); err != nil {
+		p.close()
+		return nil, err
+	}
+	// It may have been removed between the open and the lock.
+	err = errors.Join(p.checkWhole(), p.checkDiff())
+	if still, err2 := openLayer(d.home, id); err2 != nil {
+		err = err2
+	} else {
+		still.close()
+	}
+	if err != nil {
+		p.close()
+		return nil, err
+	}
+	return p, nil
+}
+
+// parentChain returns the links that a child of p has below it, and checks that they lead to layers.
+func parentChain(p *layer) ([]string, error) {
+	own, err := p.link()
+	if err != nil {
+		return nil, err
+	}
+	above, err := p.lowers()
+	if err != nil {
+		return nil, err
+	}
+	links := append([]string{own}, above...)
+	if len(links) > maxLegacyLowers {
+		return nil, fmt.Errorf("%w: %d below, at most %d", ErrTooDeep, len(links), maxLegacyLowers)
+	}
+	ids, err := resolve(p.home, links[:1])
+	if err != nil {
+		return nil, err
+	}
+	if ids[0] != p.id {
+		return nil, corrupt("%s: %s is the link of layer %s", linkName, own, ids[0])
+	}
+	return links, nil
+}
+
+// newLayer is a layer being made in the staging directory.
+type newLayer struct {
+	d      *Driver
+	s      *staging
+	id     string
+	parent *layer
+	lowers []string
+	name   string // in staging
+	link   string
+}
+
+// make makes the layer and lets it appear by one rename. On an error nothing is left.
+func (n *newLayer) make() (err error) {
+	n.name = newPrefix + rand.Text()
+	if n.link, err = linkid.New(); err != nil {
+		return err
+	}
+	if err := sys.Mkdirat(n.s.fd, n.name, 0o710); err != nil {
+		return fmt.Errorf("mkdir: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, n.undo())
+		}
+	}()
+	if err := n.fill(); err != nil {
+		return err
+	}
+	if n.parent != nil {
+		if err := n.parent.commit(); err != nil {
+			return fmt.Errorf("parent %s: %w", n.parent.id, err)
+		}
+	}
+	if err := n.makeLink(); err != nil {
+		return err
+	}
+	err = sys.RenameNoReplace(n.s.fd, n.name, n.s.homefd, n.id)
+	if err == unix.EEXIST || err == unix.ENOTEMPTY {
+		return ErrLayerExists // another process was quicker
+	}
+	if err != nil {
+		return fmt.Errorf("rename: %w", err)
+	}
+	return nil
+}
+
+// fill makes what lies in the layer's directory.
+func (n *newLayer) fill() (err error) {
+	fd, err := sys.OpenDirat(n.s.fd, n.name)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, sys.Close(fd)) }()
+	if n.d.rootGID != 0 {
+		if err := unix.Fchown(fd, -1, int(n.d.rootGID)); err != nil {
+			return fmt.Errorf("chown: %w", err)
+		}
+	}
+	if err := n.makeDiff(fd); err != nil {
+		return fmt.Errorf("%s: %w", diffName, err)
+	}
+	if err := sys.WriteFileAt(fd, linkName, []byte(n.link), 0o644); err != nil {
+		return fmt.Errorf("%s: %w", linkName, err)
+	}
+	if n.parent == nil {
+		return nil
+	}
+	if err := sys.WriteFileAt(fd, lowerName, []byte(encodeLower(n.lowers)), 0o644); err != nil {
+		return fmt.Errorf("%s: %w", lowerName, err)
+	}
+	if err := sys.Mkdirat(fd, workName, 0o700); err != nil {
+		return fmt.Errorf("%s: %w", workName, err)
+	}
+	return n.d.chownRoot(fd, workName)
+}
+
+// makeDiff makes the diff directory. It has its parent's metadata, because overlayfs shows the
+// uppermost layer's root: otherwise a layer that changes one file would reset the mode of "/".
+func (n *newLayer) makeDiff(fd int) error {
+	if err := sys.Mkdirat(fd, diffName, 0o755); err != nil {
+		return err
+	}
+	if n.parent == nil {
+		var st unix.Stat_t
+		if err := sys.Fstatat(fd, diffName, &st); err != nil {
+			return err
+		}
+		if st.Uid == n.d.rootUID && st.Gid == n.d.rootGID {
+			return nil
+		}
+		// Remapped, or a home with a group for all that is made in it.
+		return unix.Fchownat(fd, diffName, int(n.d.rootUID), int(n.d.rootGID), unix.AT_SYMLINK_NOFOLLOW)
+	}
+	src, err := sys.OpenDirat(n.parent.fd, diffName)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = sys.Close(src) }()
+	dst, err := sys.OpenDirat(fd, diffName)
+	if err != nil {
+		return err
+	}
+	return errors.Join(sys.CopyDirMetadata(dst, src), sys.Close(dst))
+}
+
+// makeLink makes the layer's link in l/, which leads nowhere until the layer appears.
+func (n *newLayer) makeLink() error {
+	lfd, err := sys.OpenDirat(n.s.homefd, linkDir)
+	if err == nil {
+		err = errors.Join(unix.Symlinkat(linkTarget(n.id), lfd, n.link), sys.Close(lfd))
+	}
+	if err != nil {
+		return fmt.Errorf("%s/%s: %w", linkDir, n.link, err)
+	}
+	return nil
+}
+
+// undo removes what make has made.
+func (n *newLayer) undo() error {
+	return errors.Join(removeDangling(n.s.homefd, n.link), sys.RemoveAllAt(n.s.fd, n.name))
+}
+
+// commit marks the layer as one that has a child.
+func (l *layer) commit() error {
+	committed, err := l.has(committedName)
+	if err != nil || committed {
+		return err
+	}
+	if err := sys.WriteFileAt(l.fd, committedName, nil, 0o600); err != nil && err != unix.EEXIST {
+		return fmt.Errorf("%s: %w", committedName, err)
+	}
+	return nil
+}
+
+// Remove removes a layer; that there is none is no error. A layer that is mounted, read
+// by an open Diff, or has children is ErrLayerInUse.
+//
+// The layer is gone when Remove returns; its files are deleted in the background.
+// Cleanup waits for that, and New goes on with it after a crash.
+func (d *Driver) Remove(id string) error { return layerErr("remove", id, d.remove(id)) }
+
+func (d *Driver) remove(id string) error {
+	if err := checkID(id); err != nil {
+		return err
+	}
+	state, unlock := d.layers.lock(id)
+	defer unlock()
+	l, err := openLayer(d.home, id)
+	if errors.Is(err, ErrLayerNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer l.close()
+	if state.mounts > 0 {
+		return fmt.Errorf("%w: mounted", ErrLayerInUse)
+	}
+	if d.layers.hasReaders(state) {
+		return fmt.Errorf("%w: a diff of it is being read", ErrLayerInUse)
+	}
+	// Another process that is making a child holds the lock shared, for moments.
+	if err := sys.Flock(l.fd, unix.LOCK_EX); err != nil {
+		return err
+	}
+	s, err := d.openStaging()
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	links, err := s.ownLinks(l)
+	if err != nil {
+		return err
+	}
+	if err := s.checkChildless(l, links); err != nil {
+		return err
+	}
+	return d.removeUnused(l, s, links)
+}
+
+// removeUnused removes a layer that nobody uses.
+func (d *Driver) removeUnused(l *layer, s *staging, links []string) error {
+	if mounted, err := l.mounted(); mounted || err != nil {
+		// Left by a process that is no more. What is no directory is just deleted.
+		if err := retryBusy(func() error { return unmountGone(l.path(mergedName)) }); err != nil {
+			return err
+		}
+	}
+	var trashName string
+	if err := retryBusy(func() (err error) {
+		trashName, err = d.discard(s, s.homefd, l.id)
+		return err
+	}); err != nil {
+		return err
+	}
+	d.trash.add(d, trashName)
+	for _, link := range links {
+		if err := removeDangling(s.homefd, link); err != nil {
+			return err // the layer is gone; New removes the link
+		}
+	}
+	return nil
+}
+
+// retryBusy calls f again, for half a second at most, while something is briefly busy:
+// an unmount in another mount namespace that has not ended yet.
+func retryBusy(f func() error) error {
+	for wait := time.Millisecond; ; wait *= 2 {
+		err := f()
+		if !errors.Is(err, unix.EBUSY) || wait > 256*time.Millisecond {
+			return err
+		}
+		time.Sleep(wait)
+	}
+}

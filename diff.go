@@ -1,0 +1,376 @@
+//go:build linux
+
+package overlay2
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/bcc2decd/overlay2/archive"
+	"github.com/bcc2decd/overlay2/internal/sys"
+	"golang.org/x/sys/unix"
+)
+
+// What an incomplete marker holds: whether the layer had content before the apply that
+// did not end well. Without, the next apply starts from an empty layer.
+const (
+	incompleteEmpty   = "empty\n"
+	incompleteContent = "content\n"
+)
+
+// ApplyDiff unpacks a tar, not compressed, into the layer, and returns the size of the
+// layer's content in bytes, as DiffSize would. The stream is read to its end; whiteouts
+// (".wh.NAME", ".wh..wh..opq") hide what the parents have.
+//
+// If it does not end well the error names the entry, and the layer is ErrIncomplete
+// for every other call until it is removed or a diff is applied to it again; after a
+// crash too. A layer with children is ErrLayerInUse.
+func (d *Driver) ApplyDiff(id, parent string, diff io.Reader) (int64, error) {
+	size, err := d.applyDiff(id, parent, diff)
+	return size, layerErr("apply", id, err)
+}
+
+func (d *Driver) applyDiff(id, parent string, diff io.Reader) (int64, error) {
+	if err := checkID(id); err != nil {
+		return 0, err
+	}
+	state, unlock := d.layers.lockChild(id, parent)
+	defer unlock()
+	l, err := openLayer(d.home, id)
+	if err != nil {
+		return 0, err
+	}
+	defer l.close()
+	lowers, native, err := d.pair(l, parent)
+	if err != nil {
+		return 0, err
+	}
+	if err := d.beginApply(l, state); err != nil {
+		return 0, err
+	}
+	opts := archive.UnpackOptions{Format: d.format, IDMap: d.opts.IDMap, Lowers: lowers}
+	var stats archive.Stats
+	if native && state.mounts == 0 {
+		stats, err = archive.Unpack(context.Background(), l.path(diffName), diff, opts)
+	} else {
+		stats, err = d.applyMerged(l, state, diff)
+	}
+	if err != nil {
+		return 0, err
+	}
+	if err := unix.Unlinkat(l.fd, incompleteName, 0); err != nil {
+		return 0, fmt.Errorf("%s: %w", incompleteName, err)
+	}
+	return stats.Size, nil
+}
+
+// beginApply marks the layer incomplete, and empties it if an earlier apply to it, when it
+// was new, did not end well.
+func (d *Driver) beginApply(l *layer, state *layerState) error {
+	if err := sys.Flock(l.fd, unix.LOCK_SH); err != nil {
+		return err
+	}
+	s, err := d.openStaging()
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	links, err := s.ownLinks(l)
+	if err != nil {
+		return err
+	}
+	if err := s.checkChildless(l, links); err != nil {
+		return err
+	}
+	switch mark, err := sys.ReadFileAt(l.fd, incompleteName, len(incompleteContent)); {
+	case err == unix.ENOENT:
+		return l.markIncomplete()
+	case err != nil:
+		return corrupt("%s: %w", incompleteName, err)
+	case string(mark) == incompleteEmpty && state.mounts == 0:
+		return d.renewDiff(l, s)
+	}
+	return nil
+}
+
+// markIncomplete writes the marker: under another name first, so that it is never half there.
+func (l *layer) markIncomplete() error {
+	content := incompleteEmpty
+	fd, err := sys.OpenDirat(l.fd, diffName)
+	if err == nil {
+		err = sys.ReadNames(fd, func(string) bool { content = incompleteContent; return false })
+		err = errors.Join(err, sys.Close(fd))
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", diffName, err)
+	}
+	const tmp = incompleteName + ".new"
+	if err := ignoreAbsent(unix.Unlinkat(l.fd, tmp, 0)); err != nil {
+		return fmt.Errorf("%s: %w", tmp, err)
+	}
+	if err := sys.WriteFileAt(l.fd, tmp, []byte(content), 0o600); err != nil {
+		return fmt.Errorf("%s: %w", tmp, err)
+	}
+	if err := unix.Renameat(l.fd, tmp, l.fd, incompleteName); err != nil {
+		return fmt.Errorf("%s: %w", incompleteName, err)
+	}
+	return nil
+}
+
+// renewDiff replaces diff by an empty directory with the same metadata as a new layer's.
+func (d *Driver) renewDiff(l *layer, s *staging) error {
+	if exists, err := l.has(diffName); err != nil {
+		return err
+	} else if exists {
+		trashName, err := d.discard(s, l.fd, diffName)
+		if err != nil {
+			return err
+		}
+		d.trash.add(d, trashName)
+	}
+	n := newLayer{d: d, s: s, id: l.id}
+	links, err := l.lowers()
+	if err != nil {
+		return err
+	}
+	if len(links) > 0 {
+		ids, err := resolve(d.home, links[:1])
+		if err != nil {
+			return err
+		}
+		if n.parent, err = openLayer(d.home, ids[0]); err != nil {
+			return fmt.Errorf("parent %s: %w", ids[0], err)
+		}
+		defer n.parent.close()
+	}
+	if err := n.makeDiff(l.fd); err != nil {
+		return fmt.Errorf("%s: %w", diffName, err)
+	}
+	return nil
+}
+
+// applyMerged unpacks through a mount of the layer, whose lock is held.
+func (d *Driver) applyMerged(l *layer, state *layerState, diff io.Reader) (stats archive.Stats, err error) {
+	path, adopted, err := d.mountLayer(l, state.mounts, "")
+	if err != nil {
+		return stats, err
+	}
+	if adopted {
+		state.mounts++
+	} else if state.mounts == 0 {
+		defer func() { err = errors.Join(err, d.unmountMerged(l)) }()
+	}
+	opts := archive.UnpackOptions{Format: archive.Merged, IDMap: d.opts.IDMap}
+	if _, err := archive.Unpack(context.Background(), path, diff, opts); err != nil {
+		return stats, err
+	}
+	return archive.Usage(context.Background(), l.path(diffName))
+}
+
+// pair looks at a layer and the parent that a call names for it: native is true if it is the
+// direct parent (or both have none), so that the layer's diff directory alone tells the difference.
+// Lowers are the diff directories below the layer.
+func (d *Driver) pair(l *layer, parent string) (lowers []string, native bool, err error) {
+	links, err := l.lowers()
+	if err != nil {
+		return nil, false, err
+	}
+	ids, err := resolve(d.home, links)
+	if err != nil {
+		return nil, false, err
+	}
+	if err := l.checkDiff(); err != nil {
+		return nil, false, err
+	}
+	switch {
+	case len(ids) == 0:
+		native = parent == ""
+	case ids[0] == parent:
+		native = true
+	}
+	if !native && parent != "" {
+		p, err := openLayer(d.home, parent)
+		if err != nil {
+			return nil, false, fmt.Errorf("parent %s: %w", parent, err)
+		}
+		p.close()
+	}
+	return diffPaths(d.home, ids), native && d.facts.nativeDiff(), nil
+}
+
+// comparison is a layer opened for reading against a parent. It cannot be removed until close.
+type comparison struct {
+	native bool
+	// For a native comparison: the layer's diff directory and those below it.
+	dir    string
+	lowers []string
+	// Otherwise: where the layer and the parent, unless that is none, are mounted.
+	merged, parent string
+	close          func() error
+}
+
+// compare opens a layer for reading against a parent.
+func (d *Driver) compare(id, parent string) (*comparison, error) {
+	c, err := d.compareNative(id, parent)
+	if err != nil || c.native {
+		return c, err
+	}
+	if c.merged, err = d.get(id, ""); err != nil {
+		return nil, err
+	}
+	c.close = func() error { return d.put(id) }
+	if parent == "" {
+		return c, nil
+	}
+	if c.parent, err = d.get(parent, ""); err != nil {
+		return nil, errors.Join(fmt.Errorf("parent %s: %w", parent, err), c.close())
+	}
+	c.close = func() error { return errors.Join(d.put(parent), d.put(id)) }
+	return c, nil
+}
+
+// compareNative opens a layer for reading its diff directory alone, if that is enough.
+func (d *Driver) compareNative(id, parent string) (*comparison, error) {
+	if err := checkID(id); err != nil {
+		return nil, err
+	}
+	state, unlock := d.layers.lock(id)
+	defer unlock()
+	l, err := openLayer(d.home, id)
+	if err != nil {
+		return nil, err
+	}
+	defer l.close()
+	if err := l.checkWhole(); err != nil {
+		return nil, err
+	}
+	c := &comparison{dir: l.path(diffName)}
+	if c.lowers, c.native, err = d.pair(l, parent); err != nil {
+		return nil, err
+	}
+	if c.native {
+		d.layers.addReader(state)
+		c.close = func() error { d.layers.dropReader(id, state); return nil }
+	}
+	return c, nil
+}
+
+// Diff returns what the layer changes of parent, as a tar with whiteouts. parent is mostly the
+// layer's direct parent; with any other layer, or "" for the whole tree, both are mounted and
+// compared. The same layer gives the same bytes.
+//
+// The stream ends with io.EOF only if it is whole. It can be closed at any time, and must
+// be; until then the layer cannot be removed. It is an io.WriterTo.
+func (d *Driver) Diff(id, parent string) (io.ReadCloser, error) {
+	r, err := d.diff(id, parent)
+	if err != nil {
+		return nil, layerErr("diff", id, err)
+	}
+	return r, nil
+}
+
+func (d *Driver) diff(id, parent string) (*diffReader, error) {
+	c, err := d.compare(id, parent)
+	if err != nil {
+		return nil, err
+	}
+	r, err := d.pack(c)
+	if err != nil {
+		return nil, errors.Join(err, c.close())
+	}
+	return &diffReader{Reader: r, id: id, done: c.close}, nil
+}
+
+// pack returns the tar of a comparison.
+func (d *Driver) pack(c *comparison) (archive.Reader, error) {
+	ctx := context.Background()
+	if c.native {
+		return archive.Pack(ctx, c.dir, archive.PackOptions{Format: d.format, IDMap: d.opts.IDMap, Lowers: c.lowers})
+	}
+	opts := archive.PackOptions{Format: archive.Merged, IDMap: d.opts.IDMap}
+	if c.parent != "" {
+		changes, err := archive.Compare(ctx, c.merged, c.parent)
+		if err != nil {
+			return nil, err
+		}
+		opts.Changes = append([]archive.Change{}, changes...) // nil would be the whole tree
+	}
+	return archive.Pack(ctx, c.merged, opts)
+}
+
+// diffReader is the stream of a Diff, with what it holds until it is closed.
+type diffReader struct {
+	archive.Reader
+	id   string
+	once sync.Once
+	done func() error
+}
+
+// Read returns the next part of the tar.
+func (r *diffReader) Read(p []byte) (int, error) {
+	n, err := r.Reader.Read(p)
+	if err != nil && err != io.EOF { //nolint:errorlint // a Reader's end is io.EOF itself
+		err = layerErr("diff", r.id, err)
+	}
+	return n, err
+}
+
+// WriteTo writes the rest of the tar.
+func (r *diffReader) WriteTo(w io.Writer) (int64, error) {
+	n, err := r.Reader.WriteTo(w)
+	return n, layerErr("diff", r.id, err)
+}
+
+// Close releases the layer. More than one call is harmless.
+func (r *diffReader) Close() error {
+	err := r.Reader.Close()
+	r.once.Do(func() { err = errors.Join(err, r.done()) })
+	return layerErr("diff", r.id, err)
+}
+
+// DiffSize returns the size in bytes of what the layer adds to parent: the lengths of all
+// files and symlinks in its Diff, hard links counted once.
+func (d *Driver) DiffSize(id, parent string) (int64, error) {
+	size, err := d.diffSize(id, parent)
+	return size, layerErr("size", id, err)
+}
+
+func (d *Driver) diffSize(id, parent string) (size int64, err error) {
+	c, err := d.compare(id, parent)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, c.close()) }()
+	if c.native {
+		stats, err := archive.Usage(context.Background(), c.dir)
+		return stats.Size, err
+	}
+	r, err := d.pack(c)
+	if err != nil {
+		return 0, err
+	}
+	_, err = r.WriteTo(io.Discard)
+	return r.Stats().Size, errors.Join(err, r.Close())
+}
+
+// Changes returns what the layer changes of parent, sorted by path. The parents of what
+// changed are Modified; of a deleted directory only itself is listed.
+func (d *Driver) Changes(id, parent string) ([]archive.Change, error) {
+	changes, err := d.changes(id, parent)
+	return changes, layerErr("changes", id, err)
+}
+
+func (d *Driver) changes(id, parent string) (changes []archive.Change, err error) {
+	c, err := d.compare(id, parent)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, c.close()) }()
+	if c.native {
+		return archive.Changes(context.Background(), c.dir, archive.ReadOptions{Format: d.format, Lowers: c.lowers})
+	}
+	return archive.Compare(context.Background(), c.merged, c.parent)
+}

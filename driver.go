@@ -1,0 +1,297 @@
+//go:build linux
+
+package overlay2
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/bcc2decd/overlay2/archive"
+	"github.com/bcc2decd/overlay2/internal/sys"
+	"github.com/moby/sys/mount"
+	"github.com/moby/sys/mountinfo"
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
+)
+
+// driverName is what Docker calls this driver.
+const driverName = "overlay2"
+
+// maxLegacyLowers is how many lower layers fit into a page of 4 KiB as relative links,
+// with room for the other options (the same limit as Docker's).
+const maxLegacyLowers = 128
+
+// Driver keeps the layers of one home directory. All its methods may be called at the
+// same time. Two Drivers share nothing but what is on disk.
+type Driver struct {
+	// Immutable after New.
+	home             string // absolute, without symlinks
+	opts             Options
+	facts            facts
+	mountOptions     []string
+	format           archive.Format
+	rootUID, rootGID uint32
+	log              *logrus.Entry
+	boundHome        bool // New has mounted home on itself
+
+	layers layerTable
+	trash  trash
+}
+
+// New opens the home directory, makes it if it is not there, finds out what the kernel
+// and the filesystem can do, and mends what a crash left behind.
+//
+// A kernel or filesystem that cannot do it is ErrNotSupported or ErrIncompatibleFS.
+// Call Cleanup when the Driver is no longer used.
+func New(home string, opts Options) (*Driver, error) {
+	d, err := newDriver(home, opts)
+	if err != nil {
+		return nil, fmt.Errorf("new %s: %w", home, err)
+	}
+	return d, nil
+}
+
+// Init is New with options in a daemon's form; see ParseOptions.
+func Init(home string, options []string, idMap archive.IDMap) (*Driver, error) {
+	opts, err := ParseOptions(options)
+	if err != nil {
+		return nil, err
+	}
+	opts.IDMap = idMap
+	return New(home, opts)
+}
+
+func newDriver(home string, opts Options) (*Driver, error) {
+	d := &Driver{opts: opts, log: opts.Log}
+	d.opts.MountOptions = slices.Clone(opts.MountOptions)
+	if d.log == nil {
+		d.log = logrus.NewEntry(logrus.StandardLogger())
+	}
+	if err := checkMountOptions(opts.MountOptions); err != nil {
+		return nil, err
+	}
+	if opts.MountMethod > MountLegacy {
+		return nil, fmt.Errorf("%w: mount method %v", ErrInvalidOption, opts.MountMethod)
+	}
+	if err := opts.IDMap.Validate(); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrInvalidOption, err)
+	}
+	var err error
+	if d.rootUID, d.rootGID, err = opts.IDMap.Root(); err != nil {
+		return nil, fmt.Errorf("%w: id map without root: %w", ErrInvalidOption, err)
+	}
+	if home == "" {
+		return nil, fmt.Errorf("%w: home is empty", ErrInvalidOption)
+	}
+	made, err := d.makeHome(home)
+	if err == nil {
+		err = d.openHome()
+	}
+	if err != nil {
+		return nil, errors.Join(err, unmakeHome(made))
+	}
+	return d, nil
+}
+
+// makeHome makes the home and what lies in it, sets d.home, and returns the paths it
+// has made, for undoing.
+func (d *Driver) makeHome(home string) (made []string, err error) {
+	if home, err = filepath.Abs(home); err != nil {
+		return nil, err
+	}
+	for dir := home; dir != "/"; dir = filepath.Dir(dir) {
+		if _, err := os.Lstat(dir); err == nil {
+			break
+		}
+		made = append(made, dir)
+	}
+	if err := os.MkdirAll(filepath.Dir(home), 0o755); err != nil {
+		return made, err
+	}
+	if err := os.Mkdir(home, 0o710); err != nil && !errors.Is(err, fs.ErrExist) {
+		return made, err
+	}
+	if d.home, err = filepath.EvalSymlinks(home); err != nil {
+		return made, err
+	}
+	fd, err := sys.OpenRoot(d.home)
+	if err != nil {
+		return made, &fs.PathError{Op: "open", Path: d.home, Err: err}
+	}
+	defer func() { err = errors.Join(err, sys.Close(fd)) }()
+	if len(made) > 0 {
+		if err := errors.Join(unix.Fchmod(fd, 0o710), unix.Fchown(fd, -1, int(d.rootGID))); err != nil {
+			return made, &fs.PathError{Op: "chmod", Path: d.home, Err: err}
+		}
+	}
+	for _, name := range []string{linkDir, stagingDir} {
+		switch err := sys.Mkdirat(fd, name, 0o700); {
+		case err == nil:
+			made = append([]string{filepath.Join(d.home, name)}, made...)
+		case !errors.Is(err, fs.ErrExist):
+			return made, &fs.PathError{Op: "mkdir", Path: filepath.Join(d.home, name), Err: err}
+		}
+		if err := sys.IsDirat(fd, name); err != nil {
+			return made, corrupt("%s: %w", filepath.Join(d.home, name), err)
+		}
+	}
+	return made, nil
+}
+
+// unmakeHome removes what makeHome has made, deepest first, as far as it is empty.
+func unmakeHome(made []string) error {
+	for _, dir := range made {
+		if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// openHome probes, makes mounts private where they are not, and finishes what a crash interrupted.
+func (d *Driver) openHome() (err error) {
+	if d.facts, err = probe(filepath.Join(d.home, stagingDir), d.opts); err != nil {
+		return err
+	}
+	d.mountOptions = append(d.facts.mountOptions(), d.opts.MountOptions...)
+	if d.facts.userxattr {
+		d.format = archive.OverlayUser
+	}
+	if (d.opts.Size > 0 || d.opts.Inodes > 0) && !d.hasQuota() {
+		return d.noQuota()
+	}
+	if err := d.makePrivate(); err != nil {
+		return err
+	}
+	if err := d.recoverStaging(); err != nil {
+		return errors.Join(err, d.Cleanup())
+	}
+	return nil
+}
+
+// makePrivate mounts the home on itself, privately, if its mount propagates: the layers'
+// mounts would appear in other mount namespaces and stay busy there.
+func (d *Driver) makePrivate() error {
+	mounts, err := mountinfo.GetMounts(mountinfo.ParentsFilter(d.home))
+	if err != nil {
+		return err
+	}
+	shared, longest := false, 0
+	for _, m := range mounts {
+		if len(m.Mountpoint) >= longest { // the last one on the same place is on top
+			shared, longest = strings.Contains(m.Optional, "shared:"), len(m.Mountpoint)
+		}
+	}
+	if !shared {
+		return nil
+	}
+	d.boundHome = true
+	return mount.MakePrivate(d.home)
+}
+
+// hasQuota reports whether layers can be limited here.
+func (d *Driver) hasQuota() bool { return false }
+
+// noQuota says what is missing for limits.
+func (d *Driver) noQuota() error {
+	return unsupported("size and inodes limits need project quotas on %s", d.facts.backingFS)
+}
+
+// String returns "overlay2".
+func (d *Driver) String() string { return driverName }
+
+// Status returns what docker info shows of the driver, and our own facts after it.
+func (d *Driver) Status() [][2]string {
+	return [][2]string{
+		{"Backing Filesystem", d.facts.backingFS},
+		{"Supports d_type", d.facts.dType.String()},
+		{"Using metacopy", d.facts.metacopy.String()},
+		{"Native Overlay Diff", strconv.FormatBool(d.facts.nativeDiff())},
+		{"userxattr", strconv.FormatBool(d.facts.userxattr)},
+		{"Project Quota", strconv.FormatBool(d.hasQuota())},
+		{"Mount Method", d.opts.MountMethod.String()},
+		{"Max Depth", strconv.Itoa(maxLegacyLowers)},
+	}
+}
+
+// GetMetadata returns the host paths of a layer's directories: UpperDir, WorkDir and
+// MergedDir, and for a layer with a parent LowerDir, the diff directories of the
+// ancestors, nearest first, joined by ":". The layer need not be mounted.
+func (d *Driver) GetMetadata(id string) (map[string]string, error) {
+	m, err := d.metadata(id)
+	return m, layerErr("metadata", id, err)
+}
+
+func (d *Driver) metadata(id string) (map[string]string, error) {
+	l, err := openLayer(d.home, id)
+	if err != nil {
+		return nil, err
+	}
+	defer l.close()
+	lowers, err := d.lowerPaths(l)
+	if err != nil {
+		return nil, err
+	}
+	m := map[string]string{
+		"UpperDir":  l.path(diffName),
+		"WorkDir":   l.path(workName),
+		"MergedDir": l.path(mergedName),
+	}
+	if len(lowers) > 0 {
+		m["LowerDir"] = strings.Join(lowers, ":")
+	}
+	return m, nil
+}
+
+// lowerPaths returns the diff directories of the layer's ancestors, nearest first.
+func (d *Driver) lowerPaths(l *layer) ([]string, error) {
+	links, err := l.lowers()
+	if err != nil {
+		return nil, err
+	}
+	ids, err := resolve(d.home, links)
+	if err != nil {
+		return nil, err
+	}
+	return diffPaths(d.home, ids), nil
+}
+
+// Exists reports whether there is a layer with this ID.
+func (d *Driver) Exists(id string) bool {
+	if checkID(id) != nil {
+		return false
+	}
+	st, err := os.Lstat(filepath.Join(d.home, id))
+	return err == nil && st.IsDir()
+}
+
+// Cleanup waits for deletions in the background and undoes what New has mounted. Mounted
+// layers stay mounted: their Puts may come from another process. The Driver can be used on.
+func (d *Driver) Cleanup() error {
+	d.trash.wait()
+	if !d.boundHome {
+		return nil
+	}
+	err := unix.Unmount(d.home, unix.UMOUNT_NOFOLLOW)
+	if err == unix.EBUSY { // layers are still mounted beneath
+		return nil
+	}
+	if err != nil && err != unix.EINVAL {
+		return fmt.Errorf("cleanup %s: unmount: %w", d.home, err)
+	}
+	return nil
+}
+
+// chownRoot gives name beneath dirfd to the remapped root.
+func (d *Driver) chownRoot(dirfd int, name string) error {
+	if d.rootUID == 0 && d.rootGID == 0 {
+		return nil
+	}
+	return unix.Fchownat(dirfd, name, int(d.rootUID), int(d.rootGID), unix.AT_SYMLINK_NOFOLLOW)
+}

@@ -1,0 +1,238 @@
+//go:build linux
+
+package overlay2
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"strings"
+
+	"github.com/bcc2decd/overlay2/internal/linkid"
+	"github.com/bcc2decd/overlay2/internal/sys"
+	"golang.org/x/sys/unix"
+)
+
+// Names of the home and of a layer's directory. See docs/format.md.
+const (
+	linkDir        = "l"
+	stagingDir     = "staging"
+	diffName       = "diff"
+	workName       = "work"
+	mergedName     = "merged"
+	linkName       = "link"
+	lowerName      = "lower"
+	committedName  = "committed"
+	incompleteName = "incomplete"
+)
+
+const (
+	// linkPrefix begins each element of a lower file.
+	linkPrefix = linkDir + "/"
+	// maxLowers is the kernel's limit (OVL_MAX_STACK, fs/overlayfs/params.h).
+	maxLowers = 500
+	// maxLowerFile is the length of the longest lower file in bytes.
+	maxLowerFile = maxLowers * (len(linkPrefix) + linkid.Length + 1)
+	// maxIDLen is NAME_MAX: the ID is a directory's name.
+	maxIDLen = 255
+)
+
+// checkID returns ErrInvalidID unless id can be the name of a layer's directory.
+func checkID(id string) error {
+	switch {
+	case id == "":
+		return fmt.Errorf("%w: empty", ErrInvalidID)
+	case id == "." || id == "..", strings.ContainsAny(id, "/\x00"):
+		return fmt.Errorf("%w: not one path element", ErrInvalidID)
+	case len(id) > maxIDLen:
+		return fmt.Errorf("%w: %d bytes, more than %d", ErrInvalidID, len(id), maxIDLen)
+	}
+	switch id {
+	case linkDir, stagingDir, diffName, workName, mergedName, linkName, lowerName, committedName, incompleteName:
+		return fmt.Errorf("%w: a name of the driver's own", ErrInvalidID)
+	}
+	return nil
+}
+
+// encodeLower returns the content of a lower file for a chain of links, nearest first.
+func encodeLower(links []string) string {
+	var b strings.Builder
+	for i, link := range links {
+		if i > 0 {
+			b.WriteByte(':')
+		}
+		b.WriteString(linkPrefix)
+		b.WriteString(link)
+	}
+	return b.String()
+}
+
+// parseLower returns the links in a lower file. Anything but "l/LINK:l/LINK...", an
+// empty file too, is ErrCorrupt: an empty or absolute element would mount the home itself or
+// any directory of the host.
+func parseLower(s string) ([]string, error) {
+	elements := strings.Split(s, ":")
+	if len(elements) > maxLowers {
+		return nil, corrupt("%s: %d layers, more than %d", lowerName, len(elements), maxLowers)
+	}
+	links := make([]string, len(elements))
+	for i, e := range elements {
+		link, ok := strings.CutPrefix(e, linkPrefix)
+		if !ok || !linkid.Valid(link) {
+			return nil, corrupt("%s: element %d is %q, not %s and %d characters of base32", lowerName, i+1, e, linkPrefix, linkid.Length)
+		}
+		links[i] = link
+	}
+	return links, nil
+}
+
+// linkTarget returns what the symlink of a layer in l/ must hold.
+func linkTarget(id string) string { return "../" + id + "/" + diffName }
+
+// parseLinkTarget returns the ID in the symlink of a layer.
+func parseLinkTarget(target string) (id string, err error) {
+	rest, ok := strings.CutPrefix(target, "../")
+	id, ok2 := strings.CutSuffix(rest, "/"+diffName)
+	if !ok || !ok2 || checkID(id) != nil {
+		return "", corrupt("link target is %q, not ../ID/%s", target, diffName)
+	}
+	return id, nil
+}
+
+// layer is the directory of a layer, open. It is read strictly: no symlink is
+// followed, and a file of the wrong kind, length or content is ErrCorrupt.
+type layer struct {
+	home string
+	id   string
+	fd   int
+}
+
+// openLayer opens the layer id of home, or returns ErrLayerNotFound.
+func openLayer(home, id string) (*layer, error) {
+	if err := checkID(id); err != nil {
+		return nil, err
+	}
+	fd, err := sys.OpenRoot(home + "/" + id)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, ErrLayerNotFound
+	case err == unix.ENOTDIR || err == unix.ELOOP:
+		return nil, corrupt("not a directory: %w", err)
+	case err != nil:
+		return nil, err
+	}
+	return &layer{home: home, id: id, fd: fd}, nil
+}
+
+func (l *layer) close() { _ = sys.Close(l.fd) } // opened for reading: nothing can be lost
+
+// path returns the host path of one of the layer's files.
+func (l *layer) path(name string) string { return l.home + "/" + l.id + "/" + name }
+
+// has reports whether the layer's directory holds name, whatever it is.
+func (l *layer) has(name string) (bool, error) {
+	var st unix.Stat_t
+	switch err := sys.Fstatat(l.fd, name, &st); err {
+	case nil:
+		return true, nil
+	case unix.ENOENT:
+		return false, nil
+	default:
+		return false, fmt.Errorf("%s: %w", name, err)
+	}
+}
+
+// link returns the layer's short name.
+func (l *layer) link() (string, error) {
+	data, err := sys.ReadFileAt(l.fd, linkName, linkid.Length)
+	if err != nil {
+		return "", corrupt("%s: %w", linkName, err)
+	}
+	if !linkid.Valid(string(data)) {
+		return "", corrupt("%s: %q is not %d characters of base32", linkName, data, linkid.Length)
+	}
+	return string(data), nil
+}
+
+// lowers returns the links of the layer's ancestors, nearest first; none for a base layer.
+func (l *layer) lowers() ([]string, error) {
+	data, err := sys.ReadFileAt(l.fd, lowerName, maxLowerFile)
+	if err == unix.ENOENT {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, corrupt("%s: %w", lowerName, err)
+	}
+	return parseLower(string(data))
+}
+
+// checkDiff returns an error unless diff is a directory.
+func (l *layer) checkDiff() error {
+	if err := sys.IsDirat(l.fd, diffName); err != nil {
+		return corrupt("%s: %w", diffName, err)
+	}
+	return nil
+}
+
+// checkWhole returns ErrIncomplete if the last apply to the layer did not end well.
+func (l *layer) checkWhole() error {
+	incomplete, err := l.has(incompleteName)
+	if err != nil {
+		return err
+	}
+	if incomplete {
+		return ErrIncomplete
+	}
+	return nil
+}
+
+// resolve returns the ID that each link of a chain stands for. A link that is missing,
+// leads elsewhere than to a layer, or to one whose diff is not a directory, is ErrCorrupt.
+func resolve(home string, links []string) ([]string, error) {
+	if len(links) == 0 {
+		return nil, nil
+	}
+	homefd, err := sys.OpenRoot(home)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = sys.Close(homefd) }()
+	lfd, err := sys.OpenDirat(homefd, linkDir)
+	if err != nil {
+		return nil, corrupt("%s: %w", linkDir, err)
+	}
+	defer func() { _ = sys.Close(lfd) }()
+	ids := make([]string, len(links))
+	for i, link := range links {
+		if ids[i], err = resolveLink(homefd, lfd, link); err != nil {
+			return nil, err
+		}
+	}
+	return ids, nil
+}
+
+// resolveLink returns the ID of the layer that one link stands for, and checks that its diff is there.
+func resolveLink(homefd, lfd int, link string) (string, error) {
+	target, err := sys.Readlinkat(lfd, link)
+	if err != nil {
+		return "", corrupt("lower layer %s%s: %w", linkPrefix, link, err)
+	}
+	id, err := parseLinkTarget(target)
+	if err != nil {
+		return "", fmt.Errorf("lower layer %s%s: %w", linkPrefix, link, err)
+	}
+	fd, err := sys.OpenBeneath(homefd, id+"/"+diffName)
+	if err != nil {
+		return "", corrupt("lower layer %s%s: %s: %w", linkPrefix, link, target, err)
+	}
+	return id, sys.Close(fd)
+}
+
+// diffPaths returns the host paths of the diff directories of layers.
+func diffPaths(home string, ids []string) []string {
+	paths := make([]string, len(ids))
+	for i, id := range ids {
+		paths[i] = home + "/" + id + "/" + diffName
+	}
+	return paths
+}

@@ -1,0 +1,109 @@
+package overlay2
+
+import (
+	"slices"
+	"sync"
+)
+
+// layerState is what a Driver knows of one layer beyond the disk. It exists while
+// somebody holds or awaits the layer's lock, or while the layer is in use.
+type layerState struct {
+	// mu is the layer's lock: held for writing by calls on the layer, for reading by
+	// calls on its children.
+	mu sync.RWMutex
+	// users counts who holds or awaits mu. Protected by layerTable.mu.
+	users int
+	// mounts counts the Gets without a Put. Protected by mu.
+	mounts int
+	// readers counts the open streams of Diff. Protected by layerTable.mu, as they
+	// are closed without the layer's lock.
+	readers int
+}
+
+// layerTable holds the states of a Driver's layers.
+//
+// Lock order: the locks of layers by their IDs in bytewise order, then layerTable.mu,
+// which is held for moments only.
+type layerTable struct {
+	mu     sync.Mutex
+	states map[string]*layerState
+}
+
+// acquire returns the state of id and counts the caller as its user.
+func (t *layerTable) acquire(id string) *layerState {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s := t.states[id]
+	if s == nil {
+		if t.states == nil {
+			t.states = make(map[string]*layerState)
+		}
+		s = &layerState{}
+		t.states[id] = s
+	}
+	s.users++
+	return s
+}
+
+// release drops the caller's use of s, and s itself if nothing keeps it.
+func (t *layerTable) release(id string, s *layerState) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if s.users--; s.users == 0 && s.mounts == 0 && s.readers == 0 {
+		delete(t.states, id)
+	}
+}
+
+// lock locks a layer and returns its state and the function that unlocks it.
+func (t *layerTable) lock(id string) (*layerState, func()) {
+	s := t.acquire(id)
+	s.mu.Lock()
+	return s, func() {
+		s.mu.Unlock()
+		t.release(id, s)
+	}
+}
+
+// lockChild locks a layer for writing and its parent, unless that is "", for reading.
+func (t *layerTable) lockChild(id, parent string) (*layerState, func()) {
+	if parent == "" || parent == id {
+		return t.lock(id)
+	}
+	s, p := t.acquire(id), t.acquire(parent)
+	order := []func(){s.mu.Lock, p.mu.RLock}
+	if parent < id {
+		slices.Reverse(order)
+	}
+	for _, lock := range order {
+		lock()
+	}
+	return s, func() {
+		s.mu.Unlock()
+		p.mu.RUnlock()
+		t.release(id, s)
+		t.release(parent, p)
+	}
+}
+
+// addReader counts an open stream of a layer whose lock the caller holds.
+func (t *layerTable) addReader(s *layerState) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s.readers++
+}
+
+// dropReader is called when the stream is closed.
+func (t *layerTable) dropReader(id string, s *layerState) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if s.readers--; s.users == 0 && s.mounts == 0 && s.readers == 0 {
+		delete(t.states, id)
+	}
+}
+
+// hasReaders reports whether a stream of the layer is open.
+func (t *layerTable) hasReaders(s *layerState) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return s.readers > 0
+}

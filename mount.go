@@ -1,0 +1,234 @@
+//go:build linux
+
+package overlay2
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+
+	"github.com/bcc2decd/overlay2/internal/sys"
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+)
+
+// Get returns the host path at which the layer's tree can be used, and counts the use:
+// each Get needs a Put. A layer without children can be written through it; a committed
+// one is read-only. mountLabel is the SELinux label of the mount, or "".
+//
+// A read-write layer without a parent is not mounted: the path is its diff directory.
+// A mount of the layer that a former process left is adopted and counts as one use.
+func (d *Driver) Get(id, mountLabel string) (string, error) {
+	path, err := d.get(id, mountLabel)
+	return path, layerErr("get", id, err)
+}
+
+func (d *Driver) get(id, mountLabel string) (string, error) {
+	if err := checkMountLabel(mountLabel); err != nil {
+		return "", err
+	}
+	if err := checkID(id); err != nil {
+		return "", err
+	}
+	state, unlock := d.layers.lock(id)
+	defer unlock()
+	l, err := openLayer(d.home, id)
+	if err != nil {
+		return "", err
+	}
+	defer l.close()
+	if err := l.checkWhole(); err != nil {
+		return "", err
+	}
+	path, adopted, err := d.mountLayer(l, state.mounts, mountLabel)
+	if err != nil {
+		return "", err
+	}
+	if adopted {
+		state.mounts++
+	}
+	state.mounts++
+	return path, nil
+}
+
+// mountLayer mounts an open layer that has been got so many times before, if it needs
+// that, and returns the path. The layer's lock is held.
+func (d *Driver) mountLayer(l *layer, mounts int, mountLabel string) (path string, adopted bool, err error) {
+	if mounts > 0 {
+		mounted, err := l.has(mergedName)
+		if err != nil || mounted {
+			return l.path(mergedName), false, err
+		}
+		return l.path(diffName), false, nil
+	}
+	if err := l.checkDiff(); err != nil {
+		return "", false, err
+	}
+	links, err := l.lowers()
+	if err != nil {
+		return "", false, err
+	}
+	committed, err := l.has(committedName)
+	if err != nil {
+		return "", false, err
+	}
+	if len(links) == 0 && !committed {
+		return l.path(diffName), false, nil
+	}
+	if _, err := resolve(d.home, links); err != nil {
+		return "", false, err
+	}
+	if adopted, err = d.makeMerged(l); err != nil || adopted {
+		return l.path(mergedName), adopted, err
+	}
+	if err := d.mountMerged(l, links, committed, mountLabel); err != nil {
+		return "", false, errors.Join(err, unix.Rmdir(l.path(mergedName)))
+	}
+	return l.path(mergedName), false, nil
+}
+
+// makeMerged makes the mount point. If it is there and something is mounted on it,
+// a process that is no more has left it: mounted is true.
+func (d *Driver) makeMerged(l *layer) (mounted bool, err error) {
+	switch err := sys.Mkdirat(l.fd, mergedName, 0o700); {
+	case err == nil:
+		return false, d.chownRoot(l.fd, mergedName)
+	case errors.Is(err, fs.ErrExist):
+		return l.mounted()
+	default:
+		return false, fmt.Errorf("%s: %w", mergedName, err)
+	}
+}
+
+// mounted reports whether something is mounted at the layer's merged. It must be a directory if it is there.
+func (l *layer) mounted() (bool, error) {
+	switch err := sys.IsDirat(l.fd, mergedName); {
+	case err == unix.ENOENT:
+		return false, nil
+	case err != nil:
+		return false, corrupt("%s: %w", mergedName, err)
+	}
+	return mountinfo.Mounted(l.path(mergedName))
+}
+
+// mountMerged mounts the layer at its merged directory.
+func (d *Driver) mountMerged(l *layer, links []string, committed bool, mountLabel string) error {
+	if len(links) == 0 {
+		// Overlayfs takes no single layer without an upper one.
+		return sys.BindReadOnly(l.path(diffName), l.path(mergedName))
+	}
+	spec := mountSpec{home: d.home, lowers: make([]string, 0, len(links)+1), options: d.mountOptions, label: mountLabel}
+	own, err := l.link()
+	if err != nil {
+		return err
+	}
+	if ids, err := resolve(d.home, []string{own}); err != nil {
+		return err
+	} else if ids[0] != l.id {
+		return corrupt("%s: %s is the link of layer %s", linkName, own, ids[0])
+	}
+	if committed {
+		spec.lowers = append(spec.lowers, linkPrefix+own)
+	} else {
+		// Through the link, so that neither the length nor the characters of the ID matter.
+		spec.upper = linkPrefix + own
+		spec.work = linkPrefix + own + "/../" + workName
+		if err := d.checkWork(l); err != nil {
+			return err
+		}
+	}
+	for _, link := range links {
+		spec.lowers = append(spec.lowers, linkPrefix+link)
+	}
+	if err := spec.mount(l.id+"/"+mergedName, d.opts.MountMethod); err != nil {
+		return err
+	}
+	if committed {
+		return nil
+	}
+	return d.chownWork(l)
+}
+
+// checkWork makes sure that the work directory is one: the kernel empties it. One that is
+// missing is made, as a home that was copied without it is whole all the same.
+func (d *Driver) checkWork(l *layer) error {
+	switch err := sys.IsDirat(l.fd, workName); err {
+	case nil:
+		return nil
+	case unix.ENOENT:
+		if err := sys.Mkdirat(l.fd, workName, 0o700); err != nil {
+			return fmt.Errorf("%s: %w", workName, err)
+		}
+		return d.chownRoot(l.fd, workName)
+	default:
+		return corrupt("%s: %w", workName, err)
+	}
+}
+
+// chownWork gives work/work, which the kernel has made, to the remapped root.
+func (d *Driver) chownWork(l *layer) error {
+	if d.rootUID == 0 && d.rootGID == 0 {
+		return nil
+	}
+	fd, err := sys.OpenDirat(l.fd, workName)
+	if err == nil {
+		err = errors.Join(d.chownRoot(fd, workName), sys.Close(fd))
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("%s/%s: %w", workName, workName, err), sys.Unmount(l.path(mergedName)))
+	}
+	return nil
+}
+
+// Put gives back one use of the layer; the last one unmounts it. Put of a mount that a
+// former process left unmounts it; with nothing to give back it is ErrNotMounted.
+// If the unmount does not succeed the use stays counted, and Put can be called again.
+func (d *Driver) Put(id string) error { return layerErr("put", id, d.put(id)) }
+
+func (d *Driver) put(id string) error {
+	if err := checkID(id); err != nil {
+		return err
+	}
+	state, unlock := d.layers.lock(id)
+	defer unlock()
+	l, err := openLayer(d.home, id)
+	if err != nil {
+		return err
+	}
+	defer l.close()
+	if state.mounts > 1 {
+		state.mounts--
+		return nil
+	}
+	if state.mounts == 0 {
+		switch mounted, err := l.mounted(); {
+		case err != nil:
+			return err
+		case !mounted:
+			return ErrNotMounted
+		}
+	}
+	if err := d.unmountMerged(l); err != nil {
+		return err
+	}
+	state.mounts = 0
+	return nil
+}
+
+// unmountMerged detaches the mount at merged, if there is one, and removes the
+// directory, which also detaches it in other mount namespaces (3.18, commit 8ed936b5671b).
+func (d *Driver) unmountMerged(l *layer) error {
+	exists, err := l.has(mergedName)
+	if err != nil || !exists {
+		return err
+	}
+	path := l.path(mergedName)
+	if err := unmountGone(path); err != nil {
+		return err
+	}
+	// Not a reason to keep the layer counted: the mount is gone. Get takes the directory as it is.
+	if err := unix.Unlinkat(l.fd, mergedName, unix.AT_REMOVEDIR); err != nil && err != unix.ENOENT {
+		d.log.WithError(err).WithField("path", path).Debug("overlay2: mount point stays")
+	}
+	return nil
+}

@@ -1,0 +1,189 @@
+package overlay2
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/bcc2decd/overlay2/archive"
+	units "github.com/docker/go-units"
+	"github.com/sirupsen/logrus"
+)
+
+// MountMethod is the way a layer is mounted.
+type MountMethod uint8
+
+const (
+	// MountAuto takes the quickest way that can mount the layer at hand.
+	MountAuto MountMethod = iota
+	// MountLegacy takes mount(2) only.
+	MountLegacy
+)
+
+// String returns the method's name, as Status shows it.
+func (m MountMethod) String() string {
+	switch m {
+	case MountAuto:
+		return "auto"
+	case MountLegacy:
+		return "legacy"
+	}
+	return fmt.Sprintf("MountMethod(%d)", uint8(m))
+}
+
+// Options say how a Driver works. The zero value is a good default.
+type Options struct {
+	// Size is the default limit of a read-write layer in bytes, 0 for none.
+	Size uint64
+	// Inodes is the default limit of a read-write layer's files, 0 for none.
+	Inodes uint64
+	// IDMap translates the owners in diffs to owners on disk.
+	IDMap archive.IDMap
+	// MountOptions are passed to every overlay mount: "metacopy=on", "redirect_dir=on",
+	// "xino=auto", "volatile" and the like. Options that the driver sets itself are refused.
+	MountOptions []string
+	// MountMethod forces a way of mounting.
+	MountMethod MountMethod
+	// OverrideKernelCheck lets New work on a kernel that is older than it asks for.
+	OverrideKernelCheck bool
+	// Log takes what cannot be returned, such as an error of a deletion in the
+	// background. Nil is logrus's standard logger.
+	Log *logrus.Entry
+}
+
+// CreateOpts are the options of one layer.
+type CreateOpts struct {
+	// MountLabel is the layer's SELinux label. It is used by Get, which is given it again.
+	MountLabel string
+	// StorageOpt limits a read-write layer: "size" in bytes or with a unit
+	// ("10G", powers of 1024), "inodes" as a number. Keys may have any case.
+	StorageOpt map[string]string
+}
+
+// ParseOptions reads options in a daemon's form, "overlay2.size=10G". Keys may have any
+// case and blanks around them:
+//
+//	overlay2.size=SIZE                  Options.Size, with a unit of 1024
+//	overlay2.inodes=N                   Options.Inodes
+//	overlay2.override_kernel_check=BOOL Options.OverrideKernelCheck
+//	overlay2.mountopt=OPT[,OPT...]      Options.MountOptions
+//
+// An unknown key or a bad value is ErrInvalidOption and is named.
+func ParseOptions(options []string) (Options, error) {
+	var o Options
+	for _, option := range options {
+		key, value, ok := strings.Cut(option, "=")
+		if !ok {
+			return Options{}, fmt.Errorf("%w: unable to parse %q: not KEY=VALUE", ErrInvalidOption, option)
+		}
+		key, value = strings.ToLower(strings.TrimSpace(key)), strings.TrimSpace(value)
+		var err error
+		switch key {
+		case "overlay2.size":
+			o.Size, err = parseSize(value)
+		case "overlay2.inodes":
+			o.Inodes, err = strconv.ParseUint(value, 10, 64)
+		case "overlay2.override_kernel_check":
+			o.OverrideKernelCheck, err = strconv.ParseBool(value)
+		case "overlay2.mountopt":
+			o.MountOptions = strings.Split(value, ",")
+			err = checkMountOptions(o.MountOptions)
+		default:
+			return Options{}, fmt.Errorf("%w: unknown key %q", ErrInvalidOption, key)
+		}
+		if err != nil {
+			return Options{}, fmt.Errorf("%w: %s: %w", ErrInvalidOption, key, err)
+		}
+	}
+	return o, nil
+}
+
+// limits are what a layer may hold; 0 is no limit.
+type limits struct{ size, inodes uint64 }
+
+// parseStorageOpt reads the options of one layer on top of the defaults. A given
+// value that is 0 or not a number is an error, never taken for "no limit".
+func parseStorageOpt(opts *CreateOpts, defaults limits) (limits, error) {
+	l := defaults
+	if opts == nil {
+		return l, nil
+	}
+	for key, value := range opts.StorageOpt {
+		var err error
+		switch strings.ToLower(key) {
+		case "size":
+			if l.size, err = parseSize(value); err == nil && l.size == 0 {
+				err = fmt.Errorf("%q: must be more than 0", value)
+			}
+		case "inodes":
+			if l.inodes, err = strconv.ParseUint(strings.TrimSpace(value), 10, 64); err == nil && l.inodes == 0 {
+				err = fmt.Errorf("%q: must be more than 0", value)
+			}
+		default:
+			return limits{}, fmt.Errorf("%w: unknown storage option %q", ErrInvalidOption, key)
+		}
+		if err != nil {
+			return limits{}, fmt.Errorf("%w: storage option %s: %w", ErrInvalidOption, strings.ToLower(key), err)
+		}
+	}
+	return l, nil
+}
+
+// parseSize reads a size with an optional unit of 1024.
+func parseSize(s string) (uint64, error) {
+	n, err := units.RAMInBytes(strings.TrimSpace(s))
+	if err != nil {
+		return 0, err
+	}
+	if n < 0 {
+		return 0, fmt.Errorf("%q: negative size", s)
+	}
+	return uint64(n), nil
+}
+
+// mountOptionValues lists the overlay options that callers may set, with the values that
+// the kernel takes (Documentation/filesystems/overlayfs.rst); nil is an option without a value.
+var mountOptionValues = map[string][]string{
+	"index":        {"on", "off"},
+	"metacopy":     {"on", "off"},
+	"nfs_export":   {"on", "off"},
+	"redirect_dir": {"on", "off", "follow", "nofollow"},
+	"uuid":         {"on", "off", "null", "auto"},
+	"verity":       {"on", "off", "require"},
+	"volatile":     nil,
+	"xino":         {"on", "off", "auto"},
+}
+
+// checkMountOptions refuses what is not an overlay option with one of its values: a
+// list that let anything through could replace the layers themselves.
+func checkMountOptions(options []string) error {
+	for _, option := range options {
+		key, value, hasValue := strings.Cut(option, "=")
+		values, known := mountOptionValues[key]
+		if !known {
+			return fmt.Errorf("%w: mount option %q", ErrInvalidOption, option)
+		}
+		if !hasValue && values == nil {
+			continue
+		}
+		ok := false
+		for _, v := range values {
+			ok = ok || (hasValue && v == value)
+		}
+		if !ok {
+			return fmt.Errorf("%w: mount option %q", ErrInvalidOption, option)
+		}
+	}
+	return nil
+}
+
+// checkMountLabel refuses a SELinux label with a character that could end the quotes
+// around it. A context is user:role:type:level, the level with commas (SELinux Notebook, "Security Context").
+func checkMountLabel(label string) error {
+	for i := 0; i < len(label); i++ {
+		if c := label[i]; c <= ' ' || c >= 0x7f || c == '"' || c == '\'' || c == '\\' || c == '=' {
+			return fmt.Errorf("%w: mount label %q: character %q", ErrInvalidOption, label, c)
+		}
+	}
+	return nil
+}

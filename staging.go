@@ -1,0 +1,209 @@
+//go:build linux
+
+package overlay2
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"github.com/bcc2decd/overlay2/internal/linkid"
+	"github.com/bcc2decd/overlay2/internal/sys"
+	"github.com/moby/sys/mount"
+	"golang.org/x/sys/unix"
+)
+
+// The staging directory of a home holds what is not a layer: new-XXX, a layer that is
+// being made, and trash-XXX, one that was removed. A layer comes and goes by one rename
+// between here and the home, so that whatever a crash leaves behind lies here.
+const (
+	newPrefix   = "new-"
+	trashPrefix = "trash-"
+	probePrefix = "probe-"
+)
+
+// staging is the staging directory, open and locked against the recovery of another
+// process that starts on the same home.
+type staging struct{ homefd, fd int }
+
+// openStaging opens the staging directory with a lock that many can hold.
+func (d *Driver) openStaging() (_ *staging, err error) {
+	s := &staging{homefd: -1, fd: -1}
+	defer func() {
+		if err != nil {
+			s.close()
+		}
+	}()
+	if s.homefd, err = sys.OpenRoot(d.home); err != nil {
+		return nil, err
+	}
+	if s.fd, err = sys.OpenDirat(s.homefd, stagingDir); err != nil {
+		return nil, fmt.Errorf("%s: %w", stagingDir, err)
+	}
+	return s, sys.Flock(s.fd, unix.LOCK_SH)
+}
+
+func (s *staging) close() {
+	for _, fd := range []int{s.fd, s.homefd} {
+		if fd >= 0 {
+			_ = sys.Close(fd) // opened for reading: nothing can be lost
+		}
+	}
+}
+
+// discard moves name beneath dirfd, a directory of the home, to the trash. Afterwards
+// it is deleted in the background.
+func (d *Driver) discard(s *staging, dirfd int, name string) (trashName string, err error) {
+	trashName = trashPrefix + rand.Text()
+	if err := sys.RenameNoReplace(dirfd, name, s.fd, trashName); err != nil {
+		return "", fmt.Errorf("move to trash: %w", err)
+	}
+	return trashName, nil
+}
+
+// recoverStaging finishes what a crash interrupted: removals, and layers that never appeared.
+func (d *Driver) recoverStaging() error {
+	s, err := d.openStaging()
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	// A process that makes a layer now holds the lock, and its new-XXX is no leftover.
+	alone := sys.Flock(s.fd, unix.LOCK_EX|unix.LOCK_NB) == nil
+	var names []string
+	if err := sys.ReadNames(s.fd, func(name string) bool {
+		if strings.HasPrefix(name, trashPrefix) ||
+			alone && (strings.HasPrefix(name, newPrefix) || strings.HasPrefix(name, probePrefix)) {
+			names = append(names, name)
+		}
+		return true
+	}); err != nil {
+		return fmt.Errorf("%s: %w", stagingDir, err)
+	}
+	for _, name := range names {
+		if err := dropLink(s, name); err != nil {
+			return err
+		}
+		if !strings.HasPrefix(name, trashPrefix) {
+			// Under its new name it is trash for every process, locked or not.
+			if name, err = d.discard(s, s.fd, name); err != nil {
+				return err
+			}
+		}
+		d.trash.add(d, name)
+	}
+	return nil
+}
+
+// dropLink removes the link of a layer in staging, if that link leads to no layer. Which
+// link is the layer's own is what its file says; it is believed only if it fits.
+func dropLink(s *staging, name string) error {
+	fd, err := sys.OpenDirat(s.fd, name)
+	if err != nil {
+		return ignoreAbsent(err)
+	}
+	defer func() { _ = sys.Close(fd) }()
+	data, err := sys.ReadFileAt(fd, linkName, linkid.Length)
+	if err != nil || !linkid.Valid(string(data)) {
+		return nil // not made yet, or tampered with: then nobody's link is touched
+	}
+	return removeDangling(s.homefd, string(data))
+}
+
+// removeDangling removes a link from l/ unless it leads to a layer that has it as its own.
+func removeDangling(homefd int, link string) error {
+	lfd, err := sys.OpenDirat(homefd, linkDir)
+	if err != nil {
+		return fmt.Errorf("%s: %w", linkDir, err)
+	}
+	defer func() { _ = sys.Close(lfd) }()
+	target, err := sys.Readlinkat(lfd, link)
+	if err != nil {
+		return ignoreAbsent(err)
+	}
+	if id, err := parseLinkTarget(target); err == nil {
+		if fd, err := sys.OpenDirat(homefd, id); err == nil {
+			data, err := sys.ReadFileAt(fd, linkName, linkid.Length)
+			_ = sys.Close(fd)
+			if err != nil || string(data) == link {
+				return nil
+			}
+		}
+	}
+	return ignoreAbsent(unix.Unlinkat(lfd, link, 0))
+}
+
+func ignoreAbsent(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// trash deletes removed layers in the background, one goroutine at a time, which ends
+// when there is nothing left to delete.
+type trash struct {
+	mu      sync.Mutex
+	names   []string
+	running bool
+	idle    sync.WaitGroup
+}
+
+// add queues an entry of the staging directory for deletion.
+func (t *trash) add(d *Driver, name string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.names = append(t.names, name)
+	if t.running {
+		return
+	}
+	t.running = true
+	t.idle.Go(func() { t.run(d) })
+}
+
+// wait returns when everything queued so far has been deleted.
+func (t *trash) wait() { t.idle.Wait() }
+
+func (t *trash) run(d *Driver) {
+	for {
+		t.mu.Lock()
+		if len(t.names) == 0 {
+			t.running = false
+			t.mu.Unlock()
+			return
+		}
+		name := t.names[0]
+		t.names = t.names[1:]
+		t.mu.Unlock()
+		if err := d.deleteTrash(name); err != nil {
+			// It stays for the next New to try again.
+			d.log.WithError(err).WithField("path", filepath.Join(d.home, stagingDir, name)).Warn("overlay2: deletion of a removed layer")
+		}
+	}
+}
+
+// deleteTrash deletes one entry of the staging directory. Mounts that somebody left in it are
+// detached first: nothing behind a mount is ever deleted.
+func (d *Driver) deleteTrash(name string) error {
+	s, err := d.openStaging()
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	// A long deletion must not look to another New like a layer being made.
+	if err := sys.Flock(s.fd, unix.LOCK_UN); err != nil {
+		return err
+	}
+	err = sys.RemoveAllAt(s.fd, name)
+	if errors.Is(err, unix.EXDEV) || errors.Is(err, unix.EBUSY) {
+		if err := mount.RecursiveUnmount(filepath.Join(d.home, stagingDir, name)); err != nil {
+			return err
+		}
+		err = sys.RemoveAllAt(s.fd, name)
+	}
+	return err
+}

@@ -1,0 +1,90 @@
+//go:build !linux
+
+package overlay2
+
+import (
+	"io"
+
+	"github.com/bcc2decd/overlay2/archive"
+)
+
+// Driver keeps the layers of one home directory. It is for Linux; elsewhere New says so.
+type Driver struct{}
+
+// New returns ErrNotSupported: overlayfs is Linux's.
+func New(string, Options) (*Driver, error) { return nil, ErrNotSupported }
+
+// Init returns ErrNotSupported, or what is wrong with the options.
+func Init(_ string, options []string, _ archive.IDMap) (*Driver, error) {
+	if _, err := ParseOptions(options); err != nil {
+		return nil, err
+	}
+	return nil, ErrNotSupported
+}
+
+// String returns "overlay2".
+func (d *Driver) String() string { return "overlay2" }
+
+// Create returns ErrNotSupported.
+func (d *Driver) Create(id, _ string, _ *CreateOpts) error {
+	return layerErr("create", id, ErrNotSupported)
+}
+
+// CreateReadWrite returns ErrNotSupported.
+func (d *Driver) CreateReadWrite(id, _ string, opts *CreateOpts) error {
+	if _, err := parseStorageOpt(opts, limits{}); err != nil {
+		return layerErr("create", id, err)
+	}
+	return layerErr("create", id, ErrNotSupported)
+}
+
+// Remove returns ErrNotSupported.
+func (d *Driver) Remove(id string) error { return layerErr("remove", id, ErrNotSupported) }
+
+// Exists returns false.
+func (d *Driver) Exists(string) bool { return false }
+
+// Get returns ErrNotSupported.
+func (d *Driver) Get(id, mountLabel string) (string, error) {
+	if err := checkMountLabel(mountLabel); err != nil {
+		return "", layerErr("get", id, err)
+	}
+	return "", layerErr("get", id, ErrNotSupported)
+}
+
+// Put returns ErrNotSupported.
+func (d *Driver) Put(id string) error { return layerErr("put", id, ErrNotSupported) }
+
+// ApplyDiff returns ErrNotSupported.
+func (d *Driver) ApplyDiff(id, _ string, _ io.Reader) (int64, error) {
+	return 0, layerErr("apply", id, ErrNotSupported)
+}
+
+// Diff returns ErrNotSupported.
+func (d *Driver) Diff(id, _ string) (io.ReadCloser, error) {
+	return nil, layerErr("diff", id, ErrNotSupported)
+}
+
+// DiffSize returns ErrNotSupported.
+func (d *Driver) DiffSize(id, _ string) (int64, error) {
+	return 0, layerErr("size", id, ErrNotSupported)
+}
+
+// Changes returns ErrNotSupported.
+func (d *Driver) Changes(id, _ string) ([]archive.Change, error) {
+	return nil, layerErr("changes", id, ErrNotSupported)
+}
+
+// Status returns nothing.
+func (d *Driver) Status() [][2]string { return nil }
+
+// GetMetadata returns ErrNotSupported.
+func (d *Driver) GetMetadata(id string) (map[string]string, error) {
+	return nil, layerErr("metadata", id, ErrNotSupported)
+}
+
+// Cleanup does nothing.
+func (d *Driver) Cleanup() error { return nil }
+
+// Check returns ErrNotSupported.
+func (d *Driver) Check() ([]Problem, error) { return nil, ErrNotSupported }
