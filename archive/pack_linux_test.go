@@ -179,3 +179,11 @@ func BenchmarkPack(b *testing.B) {
 		}
 	})
 }
+
+// blocks is what a file takes on disk, in 512 bytes.
+func blocks(t *testing.T, dir, name string) int64 {
+	t.Helper()
+	var st unix.Stat_t
+	must(t, unix.Lstat(filepath.Join(dir, name), &st))
+	return st.Blocks
+}
