@@ -24,8 +24,8 @@ import (
 // 0755 0:0. A root's own time and its opaque mark, which overlayfs ignores, are not kept.
 //
 // Marks of the overlay formats become ".wh.NAME" (mode 0, owner 0:0, time 0) and
-// ".wh..wh..opq". With Lowers known, a whiteout where no lower directory is merged, and
-// so nothing to hide, is left out. Xattrs are user.*, trusted.*, POSIX ACLs and
+// ".wh..wh..opq". With Lowers known, those are left out where no lower directory merges, and
+// so nothing is to be hidden. Xattrs are user.*, trusted.*, POSIX ACLs and
 // security.capability; overlayfs's own and other security.* ones belong to the machine.
 // Sockets are left out and counted.
 //

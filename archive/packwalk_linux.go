@@ -197,6 +197,10 @@ func (p *packer) dir(src source, f *packFrame, through bool) error {
 	if err == nil && frame.marks.redirect != "" && frame.view == nil {
 		frame.view, err = p.redirected(fd, src.name, frame.marks)
 	}
+	opaque := false
+	if err == nil && f.view == nil && (frame.marks.opaque || frame.marks.redirect != "") {
+		opaque, err = p.hides(src.name)
+	}
 	if err != nil {
 		frame.view.close()
 		if fd >= 0 {
@@ -206,11 +210,25 @@ func (p *packer) dir(src source, f *packFrame, through bool) error {
 	}
 	p.path = append(p.path, src.name[:len(src.name)-1]...)
 	p.path = append(p.path, '/')
-	if f.view == nil && (frame.marks.opaque || frame.marks.redirect != "") {
+	if opaque {
 		p.mark(opaqueName)
 	}
 	p.frames = append(p.frames, frame)
 	return p.enter(fd)
+}
+
+// hides says whether an opaque directory of that name has something to hide, as far as that is
+// known: the kernel marks most new directories, where nothing lies beneath.
+func (p *packer) hides(name sys.Name) (bool, error) {
+	if p.lowers == nil {
+		return true, nil
+	}
+	low, err := p.low(len(p.frames) - 1)
+	if err != nil || low == nil {
+		return false, err
+	}
+	e, err := low.lookup(name.String())
+	return e.exists && e.st.Mode&unix.S_IFMT == unix.S_IFDIR, err
 }
 
 // redirected returns all that the renamed directory fd shows.
