@@ -40,7 +40,8 @@ func (c *comparer) same(a, b *fileAt) (bool, error) {
 		return false, nil
 	}
 	isDir := x.Type() == unix.S_IFDIR
-	if !isDir && x.Size != y.Size {
+	// Another number of links is another group of hard links: a diff without the file could not restore it.
+	if !isDir && (x.Size != y.Size || x.Nlink != y.Nlink) {
 		return false, nil
 	}
 	if t := x.Type(); (t == unix.S_IFCHR || t == unix.S_IFBLK) && (x.Major != y.Major || x.Minor != y.Minor) {
