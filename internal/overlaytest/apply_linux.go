@@ -111,6 +111,10 @@ func move(from, to string) error {
 	if err != unix.EXDEV {
 		return err
 	}
+	// The new name may be taken, by a file: a directory is never renamed onto another.
+	if err := os.RemoveAll(to); err != nil {
+		return err
+	}
 	if err := copyTree(from, to); err != nil {
 		return err
 	}
