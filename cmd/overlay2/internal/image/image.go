@@ -4,6 +4,8 @@
 package image
 
 import (
+	_ "crypto/sha256" // go-digest knows an algorithm only if it is linked
+	_ "crypto/sha512"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -64,6 +66,13 @@ type Layer struct {
 	Size int64
 
 	open func() (io.ReadCloser, error)
+	// plain says that the bytes are a tar, whatever its first name looks like.
+	plain bool
+}
+
+// TarLayer returns a layer of a plain tar with the digest diffID.
+func TarLayer(diffID digest.Digest, open func() (io.ReadCloser, error)) Layer {
+	return Layer{DiffID: diffID, Size: -1, open: open, plain: true}
 }
 
 // Source is an opened image source. Close it after the last layer was read.

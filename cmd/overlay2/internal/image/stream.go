@@ -70,6 +70,9 @@ func (c *countReader) Read(p []byte) (int, error) {
 
 // Open returns the layer's plain tar. ctx ends it.
 func (l Layer) Open(ctx context.Context) (*Stream, error) {
+	if l.open == nil {
+		return nil, fmt.Errorf("layer %s: the tar is %w", l.DiffID, ErrMissing)
+	}
 	f, err := l.open()
 	if err != nil {
 		return nil, err
@@ -84,6 +87,10 @@ func (l Layer) Open(ctx context.Context) (*Stream, error) {
 		s.diff = newSum(l.DiffID)
 	}
 	s.packed = bufio.NewReaderSize(s.stored, 1<<18)
+	if l.plain {
+		s.plain = s.packed
+		return s, nil
+	}
 	plain, closer, err := decompress(s.packed)
 	if err != nil {
 		return nil, errors.Join(s.wrap(err), s.Close())

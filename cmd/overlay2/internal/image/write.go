@@ -48,8 +48,9 @@ func NewWriter(dir string) (*Writer, error) {
 // DiffIDs are the digests of the plain tars of the layers added so far.
 func (w *Writer) DiffIDs() []digest.Digest { return w.diffs }
 
-// AddLayer compresses and stores the plain tar r. It returns the layer's descriptor.
-func (w *Writer) AddLayer(ctx context.Context, r io.Reader, compress string) (v1.Descriptor, error) {
+// AddLayer compresses and stores the plain tar r. A tar with another digest than want, if
+// that is not empty, is ErrDigest and is not added. It returns the layer's descriptor.
+func (w *Writer) AddLayer(ctx context.Context, r io.Reader, compress string, want digest.Digest) (v1.Descriptor, error) {
 	types := map[string]string{CompressNone: v1.MediaTypeImageLayer, CompressGzip: v1.MediaTypeImageLayerGzip, CompressZstd: v1.MediaTypeImageLayerZstd}
 	media, ok := types[compress]
 	if !ok {
@@ -64,6 +65,9 @@ func (w *Writer) AddLayer(ctx context.Context, r io.Reader, compress string) (v1
 		in := &countReader{ctx: ctx, r: r}
 		if _, err := io.CopyBuffer(io.MultiWriter(z, diff.Hash()), in, make([]byte, 1<<20)); err != nil {
 			return errors.Join(err, z.Close())
+		}
+		if got := diff.Digest(); want != "" && got != want {
+			return errors.Join(fmt.Errorf("%w: the tar is %s, not %s", ErrDigest, got, want), z.Close())
 		}
 		return z.Close()
 	})

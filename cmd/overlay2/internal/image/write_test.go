@@ -10,6 +10,7 @@ import (
 
 	gcrlayout "github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/validate"
+	"github.com/opencontainers/go-digest"
 )
 
 // written writes the pair of layers to a layout.
@@ -19,7 +20,7 @@ func written(t *testing.T, how string) string {
 	w, err := NewWriter(dir)
 	must(t, err)
 	for _, l := range two(t) {
-		_, err := w.AddLayer(context.Background(), bytes.NewReader(l), how)
+		_, err := w.AddLayer(context.Background(), bytes.NewReader(l), how, digest.FromBytes(l))
 		must(t, err)
 	}
 	_, err = w.Finish(configOf(t, two(t)), "demo/app:v1")
@@ -64,10 +65,13 @@ func TestWriterRefuses(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "new")
 	w, err := NewWriter(dir)
 	must(t, err)
-	if _, err := w.AddLayer(context.Background(), bytes.NewReader(nil), "lzma"); !errors.Is(err, ErrUnsupported) {
+	if _, err := w.AddLayer(context.Background(), bytes.NewReader(nil), "lzma", ""); !errors.Is(err, ErrUnsupported) {
 		t.Error(err)
 	}
-	_, err = w.AddLayer(context.Background(), bytes.NewReader(two(t)[1]), CompressGzip)
+	if _, err := w.AddLayer(context.Background(), bytes.NewReader(two(t)[1]), CompressGzip, digest.FromString("x")); !errors.Is(err, ErrDigest) || len(w.DiffIDs()) != 0 {
+		t.Error(err)
+	}
+	_, err = w.AddLayer(context.Background(), bytes.NewReader(two(t)[1]), CompressGzip, "")
 	must(t, err)
 	if _, err := w.Finish(configOf(t, two(t)), ""); !errors.Is(err, ErrInvalid) {
 		t.Error(err)

@@ -1,0 +1,5 @@
+//go:build !linux
+
+package split
+
+const nonblock = 0

@@ -1,0 +1,102 @@
+//go:build linux
+
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+
+	"github.com/bcc2decd/overlay2"
+	"github.com/bcc2decd/overlay2/cmd/overlay2/internal/image"
+	"github.com/bcc2decd/overlay2/cmd/overlay2/internal/split"
+	"github.com/bcc2decd/overlay2/cmd/overlay2/internal/store"
+)
+
+// haveLayer returns the layer if it is there and whole, else nil, and then nothing of it
+// is left: what a crash interrupted is removed.
+func (a *app) haveLayer(d *overlay2.Driver, id string) (*store.Layer, error) {
+	l, err := a.store.Layer(id)
+	if err == nil && !l.Pending && d.Exists(id) {
+		return l, nil
+	}
+	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		return nil, err
+	}
+	if l == nil && !d.Exists(id) {
+		return nil, nil
+	}
+	return nil, a.removeLayers(d, []string{id})
+}
+
+// removeLayers removes layers, the last first.
+func (a *app) removeLayers(d *overlay2.Driver, ids []string) error {
+	for _, id := range slices.Backward(ids) {
+		// The record goes last: whatever has no record is no layer of ours.
+		if err := d.Remove(id); err != nil {
+			return err
+		}
+		if err := a.store.DeleteLayer(id); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// addLayer makes an image layer of a stream. It is whole and verified, or not there.
+func (a *app) addLayer(d *overlay2.Driver, id, parent string, l image.Layer, b bar) (record *store.Layer, err error) {
+	record = &store.Layer{ID: id, Parent: parent, Kind: store.KindImage, DiffID: l.DiffID, Created: now(), Pending: true}
+	if err := a.store.PutLayer(record); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, a.removeLayers(d, []string{id}))
+		}
+	}()
+	if err := d.Create(id, parent, nil); err != nil {
+		return nil, err
+	}
+	if err := a.fillLayer(d, record, l, b); err != nil {
+		return nil, err
+	}
+	record.Pending = false
+	return record, a.store.PutLayer(record)
+}
+
+// fillLayer unpacks the stream into the new layer, and keeps how to make its bytes again.
+func (a *app) fillLayer(d *overlay2.Driver, record *store.Layer, l image.Layer, b bar) (err error) {
+	stream, err := l.Open(a.ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stream.Close()) }()
+	rec := split.Record(&shownReader{stream, stream, b}, a.store.SplitPath(record.ID))
+	defer func() { err = errors.Join(err, rec.Close()) }()
+	if record.Size, err = d.ApplyDiff(record.ID, record.Parent, rec); err != nil {
+		return err
+	}
+	// The driver reads to the end; only there the digests are known.
+	if _, err := io.Copy(io.Discard, rec); err != nil {
+		return err
+	}
+	if !stream.Verified() {
+		return fmt.Errorf("layer %s: %w: not read to its end", record.DiffID, image.ErrInvalid)
+	}
+	record.TarSize = stream.Size()
+	return rec.Keep()
+}
+
+// shownReader moves a bar by what a stream has read.
+type shownReader struct {
+	io.Reader
+	stream *image.Stream
+	bar    bar
+}
+
+func (s *shownReader) Read(p []byte) (int, error) {
+	n, err := s.Reader.Read(p)
+	s.bar.set(s.stream.Stored())
+	return n, err
+}

@@ -1,0 +1,156 @@
+//go:build linux
+
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+
+	"github.com/bcc2decd/overlay2"
+	"github.com/bcc2decd/overlay2/cmd/overlay2/internal/store"
+	"github.com/spf13/cobra"
+)
+
+func (a *app) rmCommand() *cobra.Command {
+	var force bool
+	cmd := &cobra.Command{
+		Use:     "rm ID|IMAGE...",
+		Aliases: []string{"remove"},
+		Short:   "remove layers, and images with the layers that nothing else needs",
+		Args:    cobra.MinimumNArgs(1),
+		RunE:    func(_ *cobra.Command, args []string) error { return a.rm(args, force) },
+	}
+	cmd.Flags().BoolVarP(&force, "force", "f", false, "unmount a mounted layer first")
+	return cmd
+}
+
+func (a *app) rm(refs []string, force bool) error {
+	removed := []string{}
+	err := a.existingLocked(func(d *overlay2.Driver) error {
+		for _, ref := range refs {
+			gone, err := a.remove(d, ref, force)
+			removed = append(removed, gone...)
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("rm: %w", err)
+	}
+	return a.result(struct {
+		Removed []string `json:"removed"`
+	}{removed}, func(w io.Writer) error {
+		for _, r := range removed {
+			if _, err := fmt.Fprintln(w, r); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+func (a *app) remove(d *overlay2.Driver, ref string, force bool) ([]string, error) {
+	img, err := a.image(ref)
+	if err == nil {
+		return a.removeImage(d, img)
+	}
+	if !errors.Is(err, store.ErrNotFound) {
+		return nil, err
+	}
+	l, err := a.store.Find(ref)
+	if errors.Is(err, store.ErrNotFound) {
+		return nil, fmt.Errorf("image or layer %q %w", ref, store.ErrNotFound)
+	}
+	if err != nil {
+		return nil, err
+	}
+	used, err := a.users(l.ID)
+	if err != nil {
+		return nil, err
+	}
+	if len(used) > 0 {
+		return nil, fmt.Errorf("layer %s %w by %s", short(l.ID), store.ErrInUse, used[0])
+	}
+	if d.Exists(l.ID) && !l.Pending {
+		_, was, err := a.mounted(d, l.ID)
+		// A layer that is too damaged to say is there to be removed all the same: the driver
+		// refuses if it is mounted.
+		if err == nil && (was || len(l.Binds) > 0) {
+			if was && !force {
+				return nil, fmt.Errorf("layer %s %w: it is mounted (umount it, or rm -f)", short(l.ID), store.ErrInUse)
+			}
+			if _, err := a.unmountLayer(d, l); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return []string{l.ID}, a.removeLayers(d, []string{l.ID})
+}
+
+// users returns what needs the layer: images and layers above it, in words.
+func (a *app) users(id string) ([]string, error) {
+	images, err := a.store.Images()
+	if err != nil {
+		return nil, err
+	}
+	layers, err := a.store.Layers()
+	if err != nil {
+		return nil, err
+	}
+	var used []string
+	for _, i := range images {
+		if slices.Contains(i.Layers, id) {
+			used = append(used, "image "+i.Name)
+		}
+	}
+	for _, l := range layers {
+		if l.Parent == id {
+			used = append(used, "layer "+short(l.ID))
+		}
+	}
+	return used, nil
+}
+
+// removeImage removes a name, and from the top the layers that nothing needs any more.
+func (a *app) removeImage(d *overlay2.Driver, img *store.Image) ([]string, error) {
+	images, err := a.store.Images()
+	if err != nil {
+		return nil, err
+	}
+	layers, err := a.store.Layers()
+	if err != nil {
+		return nil, err
+	}
+	kept := map[string]bool{}
+	for _, i := range images {
+		if i.Name != img.Name {
+			for _, id := range i.Layers {
+				kept[id] = true
+			}
+		}
+	}
+	for _, l := range layers {
+		if l.Kind == store.KindContainer && l.Parent != "" && !kept[l.Parent] && slices.Contains(img.Layers, l.Parent) {
+			return nil, fmt.Errorf("image %s %w by layer %s", img.Name, store.ErrInUse, l.ID)
+		}
+		kept[l.Parent] = kept[l.Parent] || !slices.Contains(img.Layers, l.ID)
+	}
+	removed := []string{img.Name}
+	if err := a.store.DeleteImage(img.Name); err != nil {
+		return nil, err
+	}
+	for _, id := range slices.Backward(img.Layers) {
+		if kept[id] {
+			break
+		}
+		if err := a.removeLayers(d, []string{id}); err != nil {
+			return removed, err
+		}
+		removed = append(removed, id)
+	}
+	return removed, nil
+}
