@@ -28,6 +28,7 @@ func Changes(ctx context.Context, dir string, opts ReadOptions) ([]Change, error
 	if err := c.run(dir, opts.Lowers); err != nil {
 		return nil, &EntryError{Op: "changes", Name: string(c.list.path) + "/" + c.name, Err: err}
 	}
+	c.list.changes = withTorn(c.list.changes, c.links.torn())
 	return c.list.sorted(), nil
 }
 
@@ -40,6 +41,7 @@ type layerChanges struct {
 	frames []changeFrame
 	list   changeList
 	files  comparer
+	links  linkGroups
 	// name is the entry at hand, for an error.
 	name string
 }
@@ -195,6 +197,9 @@ func (c *layerChanges) both(f *changeFrame, now *fileAt, e *lowerEntry) error {
 		return err
 	}
 	isDir := now.st.Type() == unix.S_IFDIR
+	if same && !isDir && now.st.Nlink > 1 {
+		c.sameLink(now)
+	}
 	if !same || isDir {
 		c.list.add(now.name, Modified)
 	}
@@ -208,6 +213,14 @@ func (c *layerChanges) both(f *changeFrame, now *fileAt, e *lowerEntry) error {
 		}
 	}
 	return c.enter(f, now, base, !same || base == nil)
+}
+
+// sameLink records a file of the layer that is as below but has other names too. Unless
+// all of them are as below, its group is torn; no other name needs to be looked at, as they all lie in the layer.
+func (c *layerChanges) sameLink(now *fileAt) {
+	c.links.note(&now.st, c.list.pathOf(now.name), false)
+	group := c.links[inode{now.st.Dev, now.st.Ino}]
+	group.changed = uint64(len(group.same)) < uint64(now.st.Nlink)
 }
 
 // openData opens the content of a file of the layer.

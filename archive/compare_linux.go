@@ -25,6 +25,7 @@ func Compare(ctx context.Context, newDir, oldDir string) ([]Change, error) {
 	if err := c.run(newDir, oldDir); err != nil {
 		return nil, &EntryError{Op: "compare", Name: string(c.list.path) + "/" + c.name, Err: err}
 	}
+	c.list.changes = withTorn(c.list.changes, c.links.torn())
 	return c.list.sorted(), nil
 }
 
@@ -35,6 +36,7 @@ type comparison struct {
 	levels   []level
 	list     changeList
 	files    comparer
+	links    linkGroups
 	// name is the entry at hand, for an error.
 	name string
 }
@@ -127,15 +129,15 @@ func (l *nameList) peek() sys.Name {
 
 // added goes down into a directory that the old tree hasn't.
 func (c *comparison) added(dirfd int, name sys.Name, typ uint8) error {
-	if typ == unix.DT_UNKNOWN {
+	if typ != unix.DT_DIR {
 		var st sys.Stat
 		if err := sys.StatName(dirfd, name, &st); err != nil {
 			return err
 		}
-		typ = uint8(st.Mode >> 12) // as IFTODT does
-	}
-	if typ != unix.DT_DIR {
-		return nil
+		if st.Type() != unix.S_IFDIR {
+			c.links.note(&st, "", true)
+			return nil
+		}
 	}
 	return c.enter(name, dirfd, -1, true)
 }
@@ -153,6 +155,9 @@ func (c *comparison) both(newFd, oldFd int, name sys.Name) error {
 	same, err := c.files.same(&a, &b)
 	if err != nil {
 		return err
+	}
+	if a.st.Nlink > 1 {
+		c.links.note(&a.st, c.list.pathOf(name), !same)
 	}
 	isDir, wasDir := a.st.Type() == unix.S_IFDIR, b.st.Type() == unix.S_IFDIR
 	if !same || isDir {

@@ -190,10 +190,16 @@ type changeList struct {
 }
 
 func (l *changeList) add(name sys.Name, kind Kind) {
+	l.changes = append(l.changes, Change{Path: l.pathOf(name), Kind: kind})
+}
+
+// pathOf returns the path of a name in the directory at hand.
+func (l *changeList) pathOf(name sys.Name) string {
 	n := len(l.path)
 	l.path = append(append(l.path, '/'), name[:len(name)-1]...)
-	l.changes = append(l.changes, Change{Path: string(l.path), Kind: kind})
+	path := string(l.path)
 	l.path = l.path[:n]
+	return path
 }
 
 // sorted returns the changes sorted by path. A walk's order differs from that only where a name
