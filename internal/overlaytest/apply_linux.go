@@ -25,7 +25,7 @@ func apply(root string, op Op) error {
 		touched = append(touched, filepath.Dir(to))
 	case "link":
 		to := filepath.Join(root, op.To)
-		err = os.Link(at, to)
+		err = link(at, to)
 		touched = []string{filepath.Dir(to)}
 	case "unlink":
 		err = os.Remove(at)
@@ -103,6 +103,23 @@ func writeAt(at string, flags int, offset int64, data []byte) error {
 		err = e
 	}
 	return err
+}
+
+// link makes a hard link. Overlayfs with metacopy says EXDEV of a file without its data
+// if the path to where they are is long; opening it for writing brings them up.
+func link(from, to string) error {
+	err := unix.Link(from, to)
+	if err != unix.EXDEV {
+		return err
+	}
+	f, err := os.OpenFile(from, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	if err := f.Close(); err != nil {
+		return err
+	}
+	return unix.Link(from, to)
 }
 
 // move renames, or copies and removes where the filesystem cannot.
