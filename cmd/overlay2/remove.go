@@ -45,7 +45,7 @@ func (a *app) rm(refs []string, force bool) error {
 		Removed []string `json:"removed"`
 	}{removed}, func(w io.Writer) error {
 		for _, r := range removed {
-			if _, err := fmt.Fprintln(w, r); err != nil {
+			if _, err := fmt.Fprintln(w, short(r)); err != nil {
 				return err
 			}
 		}
