@@ -29,6 +29,9 @@ import (
 // security.capability; overlayfs's own and other security.* ones belong to the machine.
 // Sockets are left out and counted.
 //
+// A renamed directory (redirect_dir) is packed with all that it shows: a file in it that was a
+// link of one elsewhere in a lower layer becomes a file of its own.
+//
 // Errors of the stream are *EntryError: over ErrChanged if the tree changes meanwhile in a way
 // that the archive cannot hold, over ErrInvalidWhiteout for a file whose name could be
 // taken for a mark, over ErrUnmapped for an owner outside the id map. A stream that failed

@@ -34,7 +34,7 @@ func TestRoundTripBase(t *testing.T) {
 		overlaytest.Build(t, from, everything)
 		b := packed(t, from, PackOptions{})
 		stats := unpackInto(t, to, b, UnpackOptions{})
-		overlaytest.Compare(t, without(overlaytest.Tree(t, from), []string{"."}), without(overlaytest.Tree(t, to), []string{"."}))
+		overlaytest.Compare(t, overlaytest.Tree(t, from, overlaytest.NoRootTime), overlaytest.Tree(t, to, overlaytest.NoRootTime))
 		if !bytes.Equal(packed(t, to, PackOptions{}), b) {
 			t.Error("the unpacked tree gives another tar")
 		}
@@ -71,6 +71,12 @@ func roundTripLayer(t *testing.T, dir string, seed uint64, mount []string) {
 	if len(mount) == 1 && mount[0] == "userxattr" {
 		format = OverlayUser
 	}
+	ignore := overlaytest.NoRootTime
+	if len(mount) > 0 && mount[0] == "redirect_dir=on" {
+		// A file in a renamed directory and one elsewhere, which stays in a lower layer, cannot be
+		// links any more.
+		ignore |= overlaytest.NoHardlinks
+	}
 	lowers := []string{path("low1"), path("low0")}
 	overlaytest.Build(t, path("low0"), "dir a\nfile a/f \"1\"\ndir a/b\nfile a/b/g \"2\"\nfile h \"3\" user.x=\"1\"\nsymlink l -> a\ndir c\n file c/i size=100K")
 	overlaytest.Random(t, r, path("low0"), 60)
@@ -84,15 +90,18 @@ func roundTripLayer(t *testing.T, dir string, seed uint64, mount []string) {
 	o = overlaytest.Mount(t, lowers, path("up"), path("work1"), path("m"), mount...)
 	scramble(t, r, path("m"), 30)
 	overlaytest.Random(t, r, path("m"), 60)
-	want := overlaytest.Tree(t, path("m"))
+	o.Unmount()
+	// Mounted again: an overlay may show two links as two files as long as it is mounted.
+	o = overlaytest.Mount(t, lowers, path("up"), path("work1"), path("m"), mount...)
+	want := overlaytest.Tree(t, path("m"), ignore)
 	o.Unmount()
 
 	b := packed(t, path("up"), PackOptions{Format: format, Lowers: lowers})
 	unpackInto(t, path("up2"), b, UnpackOptions{Format: format, Lowers: lowers})
 	o = overlaytest.Mount(t, lowers, path("up2"), path("work2"), path("m"), mount...)
-	got := overlaytest.Tree(t, path("m"))
+	got := overlaytest.Tree(t, path("m"), ignore)
 	o.Unmount()
-	if d := overlaytest.Diff(without(want, []string{"."}), without(got, []string{"."})); d != "" {
+	if d := overlaytest.Diff(want, got); d != "" {
 		t.Errorf("seed %d: mounted trees differ:\n%s", seed, d)
 	}
 	again := packed(t, path("up2"), PackOptions{Format: format, Lowers: lowers})
