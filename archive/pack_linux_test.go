@@ -13,6 +13,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	"golang.org/x/sys/unix"
 )
 
@@ -118,7 +119,9 @@ zero 3 644 0:0`)
 
 // Every piece size gives the same bytes, and the same tree does.
 func TestPackDeterministic(t *testing.T) {
-	dir := benchTree(t)
+	overlaytest.Require(t, "root")
+	dir := t.TempDir()
+	overlaytest.Build(t, dir, everything+"file big size=5M data=0:\"a\" data=1M:\"b\"")
 	want := packed(t, dir, PackOptions{})
 	for _, size := range []int{1, 511, 4096, 70000, 3 << 20} {
 		r, err := Pack(context.Background(), dir, PackOptions{})
