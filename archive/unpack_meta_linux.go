@@ -30,7 +30,7 @@ func (u *unpacker) metaOf(e *tarEntry, dir *dirNode) (m meta, err error) {
 		return m, err
 	}
 	for _, x := range e.xattrs {
-		if x.name == xattrSELinux {
+		if machineXattr(x.name) {
 			continue
 		}
 		if x.value, err = u.opts.IDMap.mapXattr(x.name, x.value); err != nil {
@@ -193,11 +193,21 @@ func (m *meta) removeOtherXattrs(fd int) error {
 	return nil
 }
 
+// machineXattr says that an xattr belongs to a machine and not to the content: the
+// label, and the names by which xfs shows its ACLs a second time.
+func machineXattr(attr string) bool {
+	switch attr {
+	case xattrSELinux, "trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT":
+		return true
+	}
+	return false
+}
+
 // copiedXattr says that an xattr on disk belongs to the content of a layer: not one of
-// overlayfs's own, nor the label, nor what filesystems put under "system.".
+// overlayfs's own, nor what filesystems put under "system.".
 func copiedXattr(attr string) bool {
 	switch {
-	case attr == "", attr == xattrSELinux, isPrivate(attr):
+	case attr == "", machineXattr(attr), isPrivate(attr):
 		return false
 	case strings.HasPrefix(attr, "system."):
 		return attr == xattrACL || attr == xattrDefaultACL
