@@ -175,7 +175,8 @@ func (p *packer) WriteTo(w io.Writer) (int64, error) {
 			}
 			if err != nil {
 				p.mu.Lock()
-				p.fail(err) // what w did not take is lost
+				p.fail(err)
+				p.err = err // what w did not take is lost, even if it was the last
 				p.mu.Unlock()
 				return total, err
 			}
