@@ -106,10 +106,15 @@ func writeAt(at string, flags int, offset int64, data []byte) error {
 }
 
 // link makes a hard link. Overlayfs with metacopy says EXDEV of a file without its data
-// if the path to where they are is long; opening it for writing brings them up.
+// if the path to where they are is long; opening it for writing brings them up, and
+// changes its time.
 func link(from, to string) error {
 	err := unix.Link(from, to)
 	if err != unix.EXDEV {
+		return err
+	}
+	var st unix.Stat_t
+	if err := unix.Lstat(from, &st); err != nil {
 		return err
 	}
 	f, err := os.OpenFile(from, os.O_WRONLY, 0)
@@ -117,6 +122,9 @@ func link(from, to string) error {
 		return err
 	}
 	if err := f.Close(); err != nil {
+		return err
+	}
+	if err := unix.UtimesNanoAt(unix.AT_FDCWD, from, []unix.Timespec{st.Mtim, st.Mtim}, 0); err != nil {
 		return err
 	}
 	return unix.Link(from, to)
