@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/bcc2decd/overlay2/internal/sys"
 	"golang.org/x/sys/unix"
 )
 
@@ -184,13 +185,12 @@ func TestNoLeaksFinds(t *testing.T) {
 		undo = append(undo, func() { close(stop) })
 	})
 	leak("thread", func(testing.TB) {
-		stop, ready := make(chan struct{}), make(chan error)
-		go func() {
-			runtime.LockOSThread()
-			ready <- unix.Unshare(unix.CLONE_FS)
-			<-stop
-		}()
-		if err := <-ready; err != nil {
+		stop, ready, ended := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+		// Never the process's first thread: that one would stay, with a working directory of its own, for all later tests.
+		go func() { ended <- sys.OnOwnThread(func() error { close(ready); <-stop; return nil }) }()
+		select {
+		case <-ready:
+		case err := <-ended:
 			t.Fatal(err)
 		}
 		undo = append(undo, func() { close(stop) })
