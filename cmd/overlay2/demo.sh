@@ -85,25 +85,27 @@ run ls -A "$box"
 say "Run a program inside (chroot) that changes files"
 busybox=/bin/busybox
 if ! chroot "$box" "$busybox" true 2>/dev/null; then
-	# The image has no busybox: lend it ours, as long as the program runs.
+	# The image has no busybox: lend it ours, as long as the program runs. By its name it knows what to do.
 	OVERLAY2_ROOT=$work/tools overlay2 -q import "$shipped" >/dev/null
 	OVERLAY2_ROOT=$work/tools overlay2 create tools --from overlay2/busybox:demo >/dev/null
-	busybox=/.demo-busybox
+	busybox=/busybox.demo
 	cp "$(OVERLAY2_ROOT=$work/tools overlay2 mount tools)/bin/busybox" "$box$busybox"
 	OVERLAY2_ROOT=$work/tools overlay2 umount tools
 	chroot "$box" "$busybox" true 2>/dev/null || die "this machine cannot run the x86-64 busybox of testdata/image"
 fi
-# Files to work on: some that most images have, then whatever there is.
+# Files to work on: some that most images have, then whatever there is, programs last.
 files=()
 while IFS= read -r -d '' f; do
 	case ${f#"$box"} in
-	/.demo-busybox | "$busybox") ;;
+	/busybox.demo | "$busybox") ;;
 	*) files+=("${f#"$box"}") ;;
 	esac
 done < <(
-	find "$box/etc/motd" "$box/etc/group" "$box/etc/passwd" "$box/etc/hostname" -maxdepth 0 -type f -print0 2>/dev/null || true
-	find "$box" -xdev -type f ! -path "$box/etc/motd" ! -path "$box/etc/group" ! -path "$box/etc/passwd" ! -path "$box/etc/hostname" \
-		-size -64k -links 1 -print0 2>/dev/null | sort -z | head -z -n 6 || true
+	{
+		find "$box/etc/motd" "$box/etc/group" "$box/etc/passwd" "$box/etc/hostname" -maxdepth 0 -type f -print0
+		find "$box/etc" "$box/home" "$box/usr/share" -xdev -type f -size -64k -links 1 -print0 | sort -z
+		find "$box" -xdev -type f -size -64k -links 1 -print0 | sort -z
+	} 2>/dev/null | awk 'BEGIN { RS = ORS = "\0" } !seen[$0]++ && n++ < 7' || true
 )
 # And a directory to empty and fill again, so that it becomes opaque.
 emptied=$({ find "$box/opt" "$box/usr/share" "$box/var" -mindepth 2 -xdev -type f -print0 2>/dev/null || true; } | sort -z | head -z -n 1 | tr -d '\0')
@@ -145,10 +147,10 @@ do_ ln /demo/one /demo/two
 do_ ln -s ../demo/one /demo/sub/symlink
 do_ mknod /demo/null c 1 3
 do_ mkfifo -m 640 /demo/fifo
-do_ dd if=/demo/source of=/demo/three-megabytes bs=1000000 count=3 2>/dev/null
+do_ cp /demo/source /demo/three-megabytes
 do_ rm /demo/source
 do_ truncate -s 20M /demo/sparse
-"$b" rm -f /.demo.sh /.demo-busybox
+"$b" rm -f /.demo.sh /busybox.demo
 INSIDE
 mkdir -p "$box/demo"
 head -c 3000000 /dev/urandom >"$box/demo/source"
