@@ -329,6 +329,7 @@ func (d *Driver) removeUnused(l *layer, s *staging, links []string) error {
 	}
 	d.trash.add(d, trashName)
 	for _, link := range links {
+		d.sizes.Delete(link)
 		if err := removeDangling(s.homefd, link); err != nil {
 			return err // the layer is gone; New removes the link
 		}

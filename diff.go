@@ -207,6 +207,7 @@ type comparison struct {
 	// For a native comparison: the layer's diff directory and those below it.
 	dir    string
 	lowers []string
+	final  string // see layer.final
 	// Otherwise: where the layer and the parent, unless that is none, are mounted.
 	merged, parent string
 	close          func() error
@@ -252,6 +253,9 @@ func (d *Driver) compareNative(id, parent string) (*comparison, error) {
 		return nil, err
 	}
 	if c.native {
+		if c.final, err = l.final(state); err != nil {
+			return nil, err
+		}
 		d.layers.addReader(state)
 		c.close = func() error { d.layers.dropReader(id, state); return nil }
 	}
@@ -312,7 +316,7 @@ type diffReader struct {
 // Read returns the next part of the tar.
 func (r *diffReader) Read(p []byte) (int, error) {
 	n, err := r.Reader.Read(p)
-	if err != nil && err != io.EOF { //nolint:errorlint // a Reader's end is io.EOF itself
+	if err != nil && err != io.EOF {
 		err = layerErr("diff", r.id, err)
 	}
 	return n, err
@@ -345,8 +349,7 @@ func (d *Driver) diffSize(id, parent string) (size int64, err error) {
 	}
 	defer func() { err = errors.Join(err, c.close()) }()
 	if c.native {
-		stats, err := archive.Usage(context.Background(), c.dir)
-		return stats.Size, err
+		return d.layerSize(c)
 	}
 	r, err := d.pack(c)
 	if err != nil {
@@ -354,6 +357,36 @@ func (d *Driver) diffSize(id, parent string) (size int64, err error) {
 	}
 	_, err = r.WriteTo(io.Discard)
 	return r.Stats().Size, errors.Join(err, r.Close())
+}
+
+// layerSize returns the size of a layer's own files. That of a layer which nobody can write any more is
+// remembered: under its link, which no other layer ever has, whoever removes and makes layers meanwhile.
+func (d *Driver) layerSize(c *comparison) (int64, error) {
+	if c.final == "" {
+		stats, err := archive.Usage(context.Background(), c.dir)
+		return stats.Size, err
+	}
+	if size, ok := d.sizes.Load(c.final); ok {
+		return size.(int64), nil
+	}
+	stats, err := archive.Usage(context.Background(), c.dir)
+	if err != nil {
+		return 0, err
+	}
+	d.sizes.Store(c.final, stats.Size)
+	return stats.Size, nil
+}
+
+// final returns the link of a layer that is committed and not mounted, so that it stays as it is; else "".
+func (l *layer) final(state *layerState) (string, error) {
+	committed, err := l.has(committedName)
+	if err != nil || !committed || state.mounts > 0 {
+		return "", err
+	}
+	if mounted, err := l.mounted(); err != nil || mounted {
+		return "", err
+	}
+	return l.link()
 }
 
 // Changes returns what the layer changes of parent, sorted by path. The parents of what

@@ -490,3 +490,32 @@ func TestWhiteoutName(t *testing.T) {
 	wantErr(t, err, archive.ErrInvalidWhiteout)
 	must(t, r.Close())
 }
+
+// TestDiffSizeKnown: the size of a layer that nobody can write is known after it was asked for once; one
+// that can be written is counted anew, and so is another layer of the same ID.
+func TestDiffSizeKnown(t *testing.T) {
+	d := newTestDriver(t, t.TempDir(), Options{})
+	size := func(id, parent string, want int64) {
+		t.Helper()
+		if got, err := d.DiffSize(id, parent); err != nil || got != want {
+			t.Errorf("%s has %d bytes, want %d, %v", id, got, want, err)
+		}
+	}
+	apply(t, d, "base", "", makeTar(t, file("a", "12345")))
+	size("base", "", 5)
+	fill(t, d, "base", `file b "123"`)
+	size("base", "", 8)
+	must(t, d.Create("top", "base", nil))
+	size("base", "", 8)
+	size("base", "", 8)
+	n := 0
+	d.sizes.Range(func(any, any) bool { n++; return true })
+	if n != 1 {
+		t.Errorf("%d sizes are remembered", n)
+	}
+	must(t, d.Remove("top"))
+	must(t, d.Remove("base"))
+	apply(t, d, "base", "", makeTar(t, file("a", "1")))
+	must(t, d.Create("top", "base", nil))
+	size("base", "", 1)
+}

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/bcc2decd/overlay2/archive"
 	"github.com/bcc2decd/overlay2/internal/sys"
@@ -42,6 +43,7 @@ type Driver struct {
 
 	layers layerTable
 	trash  trash
+	sizes  sync.Map // of final layers, by link: see layerSize
 }
 
 // New opens the home directory, makes it if it is not there, finds out what the kernel

@@ -13,6 +13,7 @@ import (
 
 	"github.com/bcc2decd/overlay2/archive"
 	"github.com/bcc2decd/overlay2/internal/overlaytest"
+	"github.com/bcc2decd/overlay2/internal/sys"
 	"github.com/sirupsen/logrus"
 )
 
@@ -207,6 +208,22 @@ func TestNewRefuses(t *testing.T) {
 	must(t, err)
 	if len(entries) != 1 {
 		t.Errorf("left in the directory: %v", entries)
+	}
+}
+
+func TestCheckKernel(t *testing.T) {
+	v := func(major, minor int) sys.KernelVersion { return sys.KernelVersion{Major: major, Minor: minor} }
+	for _, c := range []struct {
+		kernel sys.KernelVersion
+		fs     string
+		want   error
+	}{
+		{v(3, 18), "extfs", ErrNotSupported}, {v(4, 0), "extfs", nil}, {v(6, 18), "extfs", nil},
+		{v(4, 6), "btrfs", ErrIncompatibleFS}, {v(4, 7), "btrfs", nil}, {v(4, 6), "xfs", nil},
+	} {
+		if err := checkKernel(c.kernel, c.fs); !errors.Is(err, c.want) || (err == nil) != (c.want == nil) {
+			t.Errorf("%v on %s: %v, want %v", c.kernel, c.fs, err, c.want)
+		}
 	}
 }
 

@@ -88,14 +88,11 @@ func probe(dir string, opts Options) (f facts, err error) {
 	if err != nil {
 		return facts{}, err
 	}
-	if kernel.Less(minKernel) && !opts.OverrideKernelCheck {
-		return facts{}, unsupported("kernel %s is older than %s", kernel, minKernel)
-	}
 	if f.backingFS, err = backingFS(dir); err != nil {
 		return facts{}, err
 	}
-	if f.backingFS == "btrfs" && kernel.Less(minKernelBtrfs) && !opts.OverrideKernelCheck {
-		return facts{}, fmt.Errorf("%w: btrfs needs kernel %s, this is %s", ErrIncompatibleFS, minKernelBtrfs, kernel)
+	if err := checkKernel(kernel, f.backingFS); err != nil && !opts.OverrideKernelCheck {
+		return facts{}, err
 	}
 	// The parameter stands for the option: both came with 4.13.
 	if _, err := os.Stat("/sys/module/overlay/parameters/index"); err == nil {
@@ -111,6 +108,17 @@ func probe(dir string, opts Options) (f facts, err error) {
 		return facts{}, fmt.Errorf("overlay on %s: %w", f.backingFS, err)
 	}
 	return f, nil
+}
+
+// checkKernel refuses kernels on which layers were damaged.
+func checkKernel(kernel sys.KernelVersion, backingFS string) error {
+	if kernel.Less(minKernel) {
+		return unsupported("kernel %s is older than %s", kernel, minKernel)
+	}
+	if backingFS == "btrfs" && kernel.Less(minKernelBtrfs) {
+		return fmt.Errorf("%w: btrfs needs kernel %s, this is %s", ErrIncompatibleFS, minKernelBtrfs, kernel)
+	}
+	return nil
 }
 
 // backingFS returns the name of the filesystem that dir lies on.
