@@ -353,3 +353,17 @@ func BenchmarkNew(b *testing.B) {
 		})
 	}
 }
+
+// TestNewWithoutDType: overlayfs needs the types of entries; New says how to make a filesystem that tells them.
+func TestNewWithoutDType(t *testing.T) {
+	overlaytest.Require(t, "root", "overlay")
+	dir := overlaytest.MountFS(t, overlaytest.FS{Name: "ext4", Mkfs: []string{"-O", "^filetype"}})
+	overlaytest.NoLeaks(t)
+	_, err := New(dir+"/home", Options{})
+	if !errors.Is(err, ErrNotSupported) || !strings.Contains(err.Error(), "tune2fs -O filetype") {
+		t.Errorf("got %v", err)
+	}
+	if _, err := os.Stat(dir + "/home"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the home stays: %v", err)
+	}
+}
