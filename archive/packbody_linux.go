@@ -130,5 +130,5 @@ func formatFragments(fragments []dataFragment) (text []byte, data int64) {
 		text = append(strconv.AppendInt(text, f.length, 10), '\n')
 		data += f.length
 	}
-	return append(text, zeros[:padTo(int64(len(text)))]...), data
+	return append(text, zeros[:padding(int64(len(text)))]...), data
 }

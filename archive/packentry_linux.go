@@ -29,7 +29,7 @@ func (p *packer) root(fd int) (marks, error) {
 	} else if same, err := p.rootUnchanged(&st); err != nil || same {
 		return m, err
 	}
-	return m, p.write(&st, &packHeader{typ: tarDir})
+	return m, p.write(&st, &packHeader{typ: typeDir})
 }
 
 // rootUnchanged says whether the root, with st and p.xattrs, is what it would be without an
@@ -84,7 +84,7 @@ func (p *packer) write(st *sys.Stat, h *packHeader) error {
 	if c := p.opts.Clamp; !c.IsZero() && (h.mtime > c.Unix() || (h.mtime == c.Unix() && h.mtimeNsec > uint32(c.Nanosecond()))) {
 		h.mtime, h.mtimeNsec = c.Unix(), uint32(c.Nanosecond())
 	}
-	if h.typ != tarLink {
+	if h.typ != typeLink {
 		h.xattrs = p.xattrs
 	}
 	p.out = p.header.append(p.out, h)
@@ -106,7 +106,7 @@ func (p *packer) dirEntry(fd int) (marks, error) {
 	if err != nil {
 		return m, err
 	}
-	return m, p.write(&st, &packHeader{typ: tarDir})
+	return m, p.write(&st, &packHeader{typ: typeDir})
 }
 
 // hardLink writes the entry at hand as a link if its file was written by another name.
@@ -125,7 +125,7 @@ func (p *packer) hardLink(st *sys.Stat) (written, first bool, err error) {
 	} else {
 		p.links[id] = l
 	}
-	return true, false, p.write(st, &packHeader{typ: tarLink, link: []byte(l.name)})
+	return true, false, p.write(st, &packHeader{typ: typeLink, link: []byte(l.name)})
 }
 
 func (p *packer) keepLink(st *sys.Stat) {
@@ -142,13 +142,13 @@ func (p *packer) node(src source, f *packFrame) error {
 	h := packHeader{major: st.Major, minor: st.Minor}
 	switch st.Type() {
 	case unix.S_IFLNK:
-		h = packHeader{typ: tarSymlink}
+		h = packHeader{typ: typeSymlink}
 	case unix.S_IFIFO:
-		h = packHeader{typ: tarFifo}
+		h = packHeader{typ: typeFifo}
 	case unix.S_IFBLK:
-		h.typ = tarDevice
+		h.typ = typeBlock
 	case unix.S_IFCHR:
-		h.typ = tarChar
+		h.typ = typeChar
 		if st.Major == 0 && st.Minor == 0 {
 			if p.opts.Format == Merged || f.view != nil {
 				return fmt.Errorf("a device 0:0 would be a mark: %w", ErrInvalidWhiteout)
@@ -168,7 +168,7 @@ func (p *packer) node(src source, f *packFrame) error {
 	if _, err := p.readXattrs(xattrSource{fd: -1, dirfd: src.dirfd, name: src.name}); err != nil {
 		return err
 	}
-	if h.typ == tarSymlink {
+	if h.typ == typeSymlink {
 		if p.target, err = sys.ReadlinkName(src.dirfd, src.name, p.target[:0]); err != nil {
 			return err
 		}
@@ -242,7 +242,7 @@ func (p *packer) openFile(fd int, src source, f *packFrame) error {
 
 // begin writes the header of a file with the metadata st, and makes fd, its content, the body.
 func (p *packer) begin(fd int, st *sys.Stat) error {
-	h := packHeader{typ: tarRegular, size: st.Size}
+	h := packHeader{typ: typeReg, size: st.Size}
 	b := packBody{fd: fd, left: st.Size}
 	var sparseMap []byte
 	fragments, err := readFragments(fd, st)
@@ -259,7 +259,7 @@ func (p *packer) begin(fd int, st *sys.Stat) error {
 	}
 	p.out = append(p.out, sparseMap...)
 	p.stats.Size += st.Size
-	b.pad = int(padTo(h.size))
+	b.pad = int(padding(h.size))
 	p.body = b
 	if b.left == 0 {
 		p.body.close()

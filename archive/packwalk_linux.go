@@ -36,7 +36,7 @@ func (p *packer) next() error {
 	d := p.walk.top()
 	if d == nil {
 		p.done = true
-		p.out = append(p.out, zeros[:2*tarBlock]...)
+		p.out = append(p.out, zeros[:2*blockSize]...)
 		return nil
 	}
 	name, typ := d.take()
@@ -163,7 +163,7 @@ func (p *packer) whiteout(name sys.Name) error {
 // mark writes an entry in the directory at hand that says something of the lowers.
 func (p *packer) mark(name string) {
 	p.entry = append(append(p.entry[:0], p.path...), name...)
-	p.out = p.header.append(p.out, &packHeader{name: p.entry, typ: tarRegular})
+	p.out = p.header.append(p.out, &packHeader{name: p.entry, typ: typeReg})
 	p.stats.Entries++
 }
 

@@ -7,23 +7,10 @@ import (
 	"unicode/utf8"
 )
 
-// Sizes of a tar (POSIX.1-1988, pax of POSIX.1-2001).
+// Sizes of the two fields for a name in USTAR.
 const (
-	tarBlock      = 512
-	tarNameSize   = 100
-	tarPrefixSize = 155
-)
-
-// Types of tar entries.
-const (
-	tarRegular byte = '0'
-	tarLink    byte = '1'
-	tarSymlink byte = '2'
-	tarChar    byte = '3'
-	tarDevice  byte = '4'
-	tarDir     byte = '5'
-	tarFifo    byte = '6'
-	tarPAX     byte = 'x'
+	nameSize   = 100
+	prefixSize = 155
 )
 
 // Largest numbers in a field of seven or eleven octal digits.
@@ -68,25 +55,25 @@ func (w *headerWriter) append(dst []byte, h *packHeader) []byte {
 		prefix, name, fits = splitName(sparseName(h.name))
 		if !fits {
 			prefix, name = nil, sparseName(baseName(h.name))
-			name = name[:min(len(name), tarNameSize)]
+			name = name[:min(len(name), nameSize)]
 		}
 	} else if !fits {
 		w.record("path", h.name)
 		// Readers that know PAX don't look at this name; others find something of it.
 		prefix, name = nil, baseName(h.name)
-		name = name[:min(len(name), tarNameSize)]
+		name = name[:min(len(name), nameSize)]
 	}
 	link := h.link
-	if len(link) > tarNameSize {
+	if len(link) > nameSize {
 		w.record("linkpath", link)
-		link = link[:tarNameSize]
+		link = link[:nameSize]
 	}
 	uid := w.number("uid", int64(h.uid), maxOctal7)
 	gid := w.number("gid", int64(h.gid), maxOctal7)
 	size := w.number("size", h.size, maxOctal11)
 	mtime := w.time(h.mtime, h.mtimeNsec)
 	for _, x := range h.xattrs {
-		w.record("SCHILY.xattr."+escapeKey(x.name), []byte(x.value))
+		w.record(schilyXattr+escapeKey(x.name), []byte(x.value))
 	}
 	if len(w.pax) > 0 {
 		dst = w.appendPAX(dst, h.name)
@@ -120,12 +107,12 @@ func (w *headerWriter) appendPAX(dst, name []byte) []byte {
 	octal(b[116:124], 0)
 	octal(b[124:136], int64(len(w.pax)))
 	octal(b[136:148], 0)
-	b[156] = tarPAX
+	b[156] = typeExt
 	octal(b[329:337], 0)
 	octal(b[337:345], 0)
 	finish(b)
 	dst = append(dst, w.pax...)
-	return append(dst, zeros[:padTo(int64(len(w.pax)))]...)
+	return append(dst, zeros[:padding(int64(len(w.pax)))]...)
 }
 
 // needsBinary says whether a name in the records is not UTF-8, which PAX demands unless
@@ -139,7 +126,7 @@ func needsBinary(pax []byte) bool {
 		}
 		record := rest[:n-len(length)-1]
 		pax = pax[n:]
-		if !bytes.HasPrefix(record, []byte("SCHILY.xattr.")) && !utf8.Valid(record) {
+		if !bytes.HasPrefix(record, []byte(schilyXattr)) && !utf8.Valid(record) {
 			return true
 		}
 	}
@@ -239,30 +226,27 @@ func baseName(name []byte) []byte {
 // splitName splits a name at a slash into USTAR's two fields. Names are bytes here: USTAR
 // says nothing of their meaning, and every reader takes them as they are.
 func splitName(name []byte) (prefix, rest []byte, ok bool) {
-	if len(name) <= tarNameSize {
+	if len(name) <= nameSize {
 		return nil, name, true
 	}
-	if len(name) > tarPrefixSize+1+tarNameSize {
+	if len(name) > prefixSize+1+nameSize {
 		return nil, nil, false
 	}
 	// The leftmost slash that leaves a rest short enough; the rest must not be empty.
-	from := len(name) - tarNameSize - 1
+	from := len(name) - nameSize - 1
 	i := bytes.IndexByte(name[from:len(name)-1], '/')
-	if i < 0 || from+i == 0 || from+i > tarPrefixSize {
+	if i < 0 || from+i == 0 || from+i > prefixSize {
 		return nil, nil, false
 	}
 	return name[:from+i], name[from+i+1:], true
 }
 
-var zeros [2 * tarBlock]byte
-
-// padTo is the number of zeros that follow size bytes.
-func padTo(size int64) int64 { return -size & (tarBlock - 1) }
+var zeros [2 * blockSize]byte
 
 // newBlock adds a block of zeros to dst and returns both.
 func newBlock(dst []byte) (grown, block []byte) {
-	dst = append(dst, zeros[:tarBlock]...)
-	return dst, dst[len(dst)-tarBlock:]
+	dst = append(dst, zeros[:blockSize]...)
+	return dst, dst[len(dst)-blockSize:]
 }
 
 // octal fills a field with digits and a NUL. v is known to fit.
@@ -278,7 +262,7 @@ func finish(b []byte) {
 	copy(b[257:265], "ustar\x0000")
 	copy(b[148:156], "        ")
 	sum := int64(0)
-	for _, c := range b[:tarBlock] {
+	for _, c := range b[:blockSize] {
 		sum += int64(c)
 	}
 	octal(b[148:155], sum)

@@ -42,11 +42,13 @@ func (n xattrNames) content(attr string) (string, bool) {
 		}
 		inner, ok := strings.CutPrefix(attr[len(prefix):], escaped)
 		return prefix + inner, ok
+	case machineXattr(attr):
+		return "", false // xfs shows its ACLs under a second name
 	case strings.HasPrefix(attr, "user."), strings.HasPrefix(attr, "trusted."):
 		return attr, true
 	}
 	switch attr {
-	case "security.capability", "system.posix_acl_access", "system.posix_acl_default":
+	case xattrCapability, xattrACL, xattrDefaultACL:
 		return attr, true
 	}
 	return "", false
@@ -123,9 +125,9 @@ func packXattrs(xattrs []tarXattr, m IDMap) error {
 		x := &xattrs[i]
 		var err error
 		switch x.name {
-		case "security.capability":
+		case xattrCapability:
 			x.value, err = packCapability(x.value, m)
-		case "system.posix_acl_access", "system.posix_acl_default":
+		case xattrACL, xattrDefaultACL:
 			x.value, err = packACL(x.value, m)
 		}
 		if err != nil {
@@ -135,42 +137,38 @@ func packXattrs(xattrs []tarXattr, m IDMap) error {
 	return nil
 }
 
-// packCapability translates the root's uid of version 3 (Linux 4.14): struct
-// vfs_ns_cap_data of include/uapi/linux/capability.h, whose last word it is. If that is the
-// container's root, version 2 says the same, and is what set the capability there.
+// packCapability is the way back from mapCapability: a capability of the container's root
+// is version 2 again, which is what set it there.
 func packCapability(value string, m IDMap) (string, error) {
-	const size2, size3, version2, version3 = 20, 24, 2, 3
-	if len(value) != size3 || value[3] != version3 {
+	b := []byte(value)
+	if len(b) != capSize3 || binary.LittleEndian.Uint32(b)&capRevisionMask != capRevision3 {
 		return value, nil
 	}
-	b := []byte(value)
-	uid, err := toContainer(m.UIDs, "uid", binary.LittleEndian.Uint32(b[size2:]))
+	uid, err := toContainer(m.UIDs, "uid", binary.LittleEndian.Uint32(b[capSize2:]))
 	if err != nil {
 		return "", err
 	}
 	if uid == 0 {
-		b[3] = version2
-		return string(b[:size2]), nil
+		binary.LittleEndian.PutUint32(b, binary.LittleEndian.Uint32(b)&^capRevisionMask|capRevision2)
+		return string(b[:capSize2]), nil
 	}
-	binary.LittleEndian.PutUint32(b[size2:], uid)
+	binary.LittleEndian.PutUint32(b[capSize2:], uid)
 	return string(b), nil
 }
 
-// packACL translates the users and groups of an ACL: a version word, then entries of tag and
-// permission, 16 bits each, and id (include/uapi/linux/posix_acl_xattr.h).
+// packACL is the way back from mapACL.
 func packACL(value string, m IDMap) (string, error) {
-	const header, entry, user, group = 4, 8, 0x02, 0x08
-	if len(value) < header || (len(value)-header)%entry != 0 {
-		return "", fmt.Errorf("%d bytes are no ACL: %w", len(value), unix.EINVAL)
-	}
 	b := []byte(value)
-	for e := b[header:]; len(e) > 0; e = e[entry:] {
+	if len(b) < aclHeader || (len(b)-aclHeader)%aclEntry != 0 {
+		return "", fmt.Errorf("%d bytes are no ACL: %w", len(b), unix.EINVAL)
+	}
+	for e := b[aclHeader:]; len(e) > 0; e = e[aclEntry:] {
 		id := binary.LittleEndian.Uint32(e[4:])
 		var err error
 		switch binary.LittleEndian.Uint16(e) {
-		case user:
+		case aclUser:
 			id, err = toContainer(m.UIDs, "uid", id)
-		case group:
+		case aclGroup:
 			id, err = toContainer(m.GIDs, "gid", id)
 		default:
 			continue
