@@ -254,5 +254,14 @@ func (a *app) importOne(d *overlay2.Driver, bars *progress, name string, img *im
 		r.Layers = append(r.Layers, importedLayer{id, l.DiffID.String(), have.Size, fresh})
 		parent = id
 	}
-	return r, a.store.PutImage(record)
+	if err := a.store.PutImage(record); err != nil {
+		return r, err
+	}
+	made = nil // they have their name now, whatever comes
+	if old != nil && old.ID != img.ConfigDigest {
+		if _, err := a.releaseLayers(d, old.Layers); err != nil {
+			return r, err
+		}
+	}
+	return r, nil
 }

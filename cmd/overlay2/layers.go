@@ -9,6 +9,7 @@ import (
 	"slices"
 
 	"github.com/bcc2decd/overlay2"
+	"github.com/bcc2decd/overlay2/archive"
 	"github.com/bcc2decd/overlay2/cmd/overlay2/internal/image"
 	"github.com/bcc2decd/overlay2/cmd/overlay2/internal/split"
 	"github.com/bcc2decd/overlay2/cmd/overlay2/internal/store"
@@ -75,7 +76,7 @@ func (a *app) fillLayer(d *overlay2.Driver, record *store.Layer, l image.Layer, 
 	rec := split.Record(&shownReader{stream, stream, b}, a.store.SplitPath(record.ID))
 	defer func() { err = errors.Join(err, rec.Close()) }()
 	if record.Size, err = d.ApplyDiff(record.ID, record.Parent, rec); err != nil {
-		return err
+		return badTar(err, rec)
 	}
 	// The driver reads to the end; only there the digests are known.
 	if _, err := io.Copy(io.Discard, rec); err != nil {
@@ -86,6 +87,21 @@ func (a *app) fillLayer(d *overlay2.Driver, record *store.Layer, l image.Layer, 
 	}
 	record.TarSize = stream.Size()
 	return rec.Keep()
+}
+
+// badTar tells an image's fault from ours. A tar that makes no sense is most often not the
+// one that was promised: reading the rest tells.
+func badTar(err error, rest io.Reader) error {
+	switch {
+	case errors.Is(err, archive.ErrFormat):
+		if _, verr := io.Copy(io.Discard, rest); verr != nil && !errors.Is(err, verr) {
+			return fmt.Errorf("%w (%w)", verr, err)
+		}
+	case errors.Is(err, archive.ErrBreakout), errors.Is(err, archive.ErrInvalidWhiteout):
+	default:
+		return err
+	}
+	return fmt.Errorf("%w: %w", image.ErrInvalid, err)
 }
 
 // shownReader moves a bar by what a stream has read.

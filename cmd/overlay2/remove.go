@@ -115,7 +115,7 @@ func (a *app) users(id string) ([]string, error) {
 	return used, nil
 }
 
-// removeImage removes a name, and from the top the layers that nothing needs any more.
+// removeImage removes a name, and the layers that nothing needs any more.
 func (a *app) removeImage(d *overlay2.Driver, img *store.Image) ([]string, error) {
 	images, err := a.store.Images()
 	if err != nil {
@@ -125,27 +125,28 @@ func (a *app) removeImage(d *overlay2.Driver, img *store.Image) ([]string, error
 	if err != nil {
 		return nil, err
 	}
-	kept := map[string]bool{}
-	for _, i := range images {
-		if i.Name != img.Name {
-			for _, id := range i.Layers {
-				kept[id] = true
-			}
-		}
-	}
 	for _, l := range layers {
-		if l.Kind == store.KindContainer && l.Parent != "" && !kept[l.Parent] && slices.Contains(img.Layers, l.Parent) {
+		if l.Kind != store.KindContainer || !slices.Contains(img.Layers, l.Parent) {
+			continue
+		}
+		// A layer that another image keeps may go on having children.
+		if !slices.ContainsFunc(images, func(i *store.Image) bool { return i.Name != img.Name && slices.Contains(i.Layers, l.Parent) }) {
 			return nil, fmt.Errorf("image %s %w by layer %s", img.Name, store.ErrInUse, l.ID)
 		}
-		kept[l.Parent] = kept[l.Parent] || !slices.Contains(img.Layers, l.ID)
 	}
-	removed := []string{img.Name}
 	if err := a.store.DeleteImage(img.Name); err != nil {
 		return nil, err
 	}
-	for _, id := range slices.Backward(img.Layers) {
-		if kept[id] {
-			break
+	removed, err := a.releaseLayers(d, img.Layers)
+	return append([]string{img.Name}, removed...), err
+}
+
+// releaseLayers removes an image's layers from the top down to one that something needs.
+func (a *app) releaseLayers(d *overlay2.Driver, ids []string) (removed []string, err error) {
+	for _, id := range slices.Backward(ids) {
+		used, err := a.users(id)
+		if err != nil || len(used) > 0 {
+			return removed, err
 		}
 		if err := a.removeLayers(d, []string{id}); err != nil {
 			return removed, err
