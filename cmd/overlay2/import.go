@@ -77,16 +77,22 @@ func (a *app) importImage(source string, f importFlags) (err error) {
 			return err
 		}
 	}
+	total := int64(0)
+	if source != "-" {
+		st, err := os.Stat(source)
+		if err != nil {
+			return fmt.Errorf("import: %w", err)
+		}
+		if st.Mode().IsRegular() {
+			total = st.Size()
+		}
+	}
 	if err := a.store.Init(); err != nil {
 		return err
 	}
 	bars := a.newProgress()
 	defer bars.wait()
 	// What has to be laid out or hashed beforehand is, before anybody is kept waiting by the lock.
-	total := int64(0)
-	if st, err := os.Stat(source); err == nil && st.Mode().IsRegular() {
-		total = st.Size()
-	}
 	var looking bar
 	src, err := image.Open(a.ctx, source, image.Options{
 		Kind: f.kind, Platform: platform, TempDir: a.store.Temp(), Stdin: a.in,
