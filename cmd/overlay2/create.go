@@ -150,7 +150,7 @@ An image layer is mounted read-only.`,
 
 func (a *app) mount(ref, at string) error {
 	var path string
-	err := a.locked(func(d *overlay2.Driver) error {
+	err := a.existingLocked(func(d *overlay2.Driver) error {
 		l, err := a.findLayer(ref)
 		if err != nil {
 			return err
