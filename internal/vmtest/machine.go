@@ -4,6 +4,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -31,6 +32,7 @@ func qemu(arch string) string {
 type machine struct {
 	guest     guest
 	dir       string // for disks, modules, the initramfs
+	repo      string // the module
 	cache     string
 	guestInit string
 	tests     []testBinary
@@ -53,6 +55,9 @@ func (m *machine) command() (*exec.Cmd, error) {
 // env is the environment of the tests.
 func (m *machine) env() []string {
 	env := []string{"OVERLAY2_TEST_REQUIRE=" + m.guest.require, "TMPDIR=/mnt/" + m.guest.disks[0] + "/tmp"}
+	if m.guest.testFS != "" {
+		env = append(env, "OVERLAY2_TEST_FS="+m.guest.testFS)
+	}
 	for _, name := range m.guest.disks {
 		env = append(env, "OVERLAY2_TEST_DIR_"+strings.ToUpper(name)+"=/mnt/"+name)
 	}
@@ -192,12 +197,13 @@ func (m *machine) fillInitrd(rd *initrd, kernel string, c spec.Config) error {
 		if err := rd.copy(program, t.file); err != nil {
 			return err
 		}
-		if _, err := os.Stat(filepath.Join(t.dir, "testdata")); err == nil {
-			if err := rd.tree(filepath.Join(dir, "testdata"), filepath.Join(t.dir, "testdata")); err != nil {
-				return err
-			}
+		if err := addTestdata(rd, dir, t.dir); err != nil {
+			return err
 		}
 		c.Runs = append(c.Runs, spec.Run{Name: t.name, Dir: dir, Argv: append([]string{program}, m.testArgs...)})
+	}
+	if err := addTestdata(rd, "/src", m.repo); err != nil {
+		return err
 	}
 	if m.guest.arch == "amd64" {
 		for _, name := range guestTools() {
@@ -217,4 +223,13 @@ func (m *machine) fillInitrd(rd *initrd, kernel string, c spec.Config) error {
 	}
 	rd.data("/config.json", 0o644, text)
 	return rd.copy("/init", m.guestInit)
+}
+
+// addTestdata copies the directory testdata of a package, if it has one.
+func addTestdata(rd *initrd, to, from string) error {
+	host := filepath.Join(from, "testdata")
+	if _, err := os.Stat(host); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return rd.tree(filepath.Join(to, "testdata"), host)
 }

@@ -32,7 +32,7 @@ func main() {
 	flag.StringVar(&o.run, "run", "", "tests to run, a regular expression as of go test")
 	flag.BoolVar(&o.all, "all", false, "run every guest")
 	flag.BoolVar(&o.list, "list", false, "list the guests")
-	flag.BoolVar(&o.long, "long", false, "no -test.short in emulated guests")
+	flag.BoolVar(&o.long, "long", false, "run tests without -test.short")
 	flag.BoolVar(&o.verbose, "v", false, "show the whole console")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -114,7 +114,7 @@ func runGuest(ctx context.Context, o options, g guest) (err error) {
 	if err != nil {
 		return err
 	}
-	m := &machine{guest: g, dir: tmp, cache: o.cache, guestInit: guestInit, tests: tests, testArgs: testArgs(o, g)}
+	m := &machine{guest: g, dir: tmp, repo: o.repo, cache: o.cache, guestInit: guestInit, tests: tests, testArgs: testArgs(o, g)}
 	r, err := m.run(ctx, o.verbose)
 	if err != nil {
 		return err
@@ -134,7 +134,7 @@ func testArgs(o options, g guest) []string {
 	if o.run != "" {
 		args = append(args, "-test.run="+o.run)
 	}
-	if g.short && !o.long {
+	if !o.long {
 		args = append(args, "-test.short")
 	}
 	return args
