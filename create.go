@@ -55,7 +55,7 @@ func (d *Driver) create(id, parent string, limit limits) (err error) {
 	if err := s.checkFree(id); err != nil {
 		return err
 	}
-	n := newLayer{d: d, s: s, id: id}
+	n := newLayer{d: d, s: s, id: id, limit: limit}
 	if parent != "" {
 		p, err := d.openParent(parent)
 		if err != nil {
@@ -139,6 +139,7 @@ type newLayer struct {
 	id     string
 	parent *layer
 	lowers []string
+	limit  limits
 	name   string // in staging
 	link   string
 }
@@ -157,6 +158,9 @@ func (n *newLayer) make() (err error) {
 			err = errors.Join(err, n.undo())
 		}
 	}()
+	if err := n.d.limitNew(n.name, n.limit); err != nil {
+		return err
+	}
 	if err := n.fill(); err != nil {
 		return err
 	}
@@ -251,7 +255,7 @@ func (n *newLayer) makeLink() error {
 
 // undo removes what make has made.
 func (n *newLayer) undo() error {
-	return errors.Join(removeDangling(n.s.homefd, n.link), sys.RemoveAllAt(n.s.fd, n.name))
+	return errors.Join(removeDangling(n.s.homefd, n.link), n.d.unlimit(n.name), sys.RemoveAllAt(n.s.fd, n.name))
 }
 
 // commit marks the layer as one that has a child.
@@ -322,7 +326,7 @@ func (d *Driver) removeUnused(l *layer, s *staging, links []string) error {
 	}
 	var trashName string
 	if err := retryBusy(func() (err error) {
-		trashName, err = d.discard(s, s.homefd, l.id)
+		trashName, err = d.discard(s, s.homefd, l.id, trashPrefix)
 		return err
 	}); err != nil {
 		return err

@@ -54,7 +54,10 @@ func (d *Driver) applyDiff(id, parent string, diff io.Reader) (int64, error) {
 	opts := archive.UnpackOptions{Format: d.format, IDMap: d.opts.IDMap, Lowers: lowers}
 	var stats archive.Stats
 	if native && state.mounts == 0 {
-		stats, err = archive.Unpack(context.Background(), l.path(diffName), diff, opts)
+		stats, err = d.limitedUnpack(l, func(ctx context.Context, progress func(archive.Stats)) (archive.Stats, error) {
+			opts.Progress = progress
+			return archive.Unpack(ctx, l.path(diffName), diff, opts)
+		})
 	} else {
 		stats, err = d.applyMerged(l, state, diff)
 	}
@@ -125,11 +128,14 @@ func (d *Driver) renewDiff(l *layer, s *staging) error {
 	if exists, err := l.has(diffName); err != nil {
 		return err
 	} else if exists {
-		trashName, err := d.discard(s, l.fd, diffName)
+		trashName, err := d.discard(s, l.fd, diffName, trashDiffPrefix)
 		if err != nil {
 			return err
 		}
 		d.trash.add(d, trashName)
+		if d.hasQuota() {
+			d.trash.wait() // the old content counts against the layer's limits
+		}
 	}
 	n := newLayer{d: d, s: s, id: l.id}
 	links, err := l.lowers()

@@ -15,6 +15,7 @@ import (
 
 	"github.com/bcc2decd/overlay2/archive"
 	"github.com/bcc2decd/overlay2/internal/sys"
+	"github.com/bcc2decd/overlay2/quota"
 	"github.com/moby/sys/mount"
 	"github.com/moby/sys/mountinfo"
 	"github.com/sirupsen/logrus"
@@ -40,6 +41,8 @@ type Driver struct {
 	rootUID, rootGID uint32
 	log              *logrus.Entry
 	boundHome        bool // New has mounted home on itself
+	quota            *quota.Control
+	quotaErr         error // why quota is nil
 
 	layers layerTable
 	trash  trash
@@ -165,8 +168,8 @@ func (d *Driver) openHome() (err error) {
 	if d.facts.userxattr {
 		d.format = archive.OverlayUser
 	}
-	if (d.opts.Size > 0 || d.opts.Inodes > 0) && !d.hasQuota() {
-		return d.noQuota()
+	if err := d.openQuota(); err != nil {
+		return err
 	}
 	if err := d.makePrivate(); err != nil {
 		return err
@@ -195,14 +198,6 @@ func (d *Driver) makePrivate() error {
 	}
 	d.boundHome = true
 	return mount.MakePrivate(d.home)
-}
-
-// hasQuota reports whether layers can be limited here.
-func (d *Driver) hasQuota() bool { return false }
-
-// noQuota says what is missing for limits.
-func (d *Driver) noQuota() error {
-	return unsupported("size and inodes limits need project quotas on %s", d.facts.backingFS)
 }
 
 // String returns "overlay2".

@@ -60,6 +60,17 @@ type CreateOpts struct {
 	StorageOpt map[string]string
 }
 
+// Usage is what a layer takes on disk.
+type Usage struct {
+	// Bytes is the space of its blocks.
+	Bytes uint64
+	// Inodes is the number of its files, directories included.
+	Inodes uint64
+	// MaxBytes and MaxInodes are its limits, 0 for none.
+	MaxBytes  uint64
+	MaxInodes uint64
+}
+
 // ParseOptions reads options in a daemon's form, "overlay2.size=10G". Keys may have any
 // case and blanks around them:
 //

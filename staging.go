@@ -18,12 +18,14 @@ import (
 )
 
 // The staging directory of a home holds what is not a layer: new-XXX, a layer that is
-// being made, and trash-XXX, one that was removed. A layer comes and goes by one rename
-// between here and the home, so that whatever a crash leaves behind lies here.
+// being made, trash-XXX, one that was removed, and trash-diff-XXX, the former content of
+// one. A layer comes and goes by one rename between here and the home, so that whatever a crash leaves behind lies here.
 const (
 	newPrefix   = "new-"
 	trashPrefix = "trash-"
-	probePrefix = "probe-"
+	// Content alone has the project of its layer, whose limits stay.
+	trashDiffPrefix = trashPrefix + "diff-"
+	probePrefix     = "probe-"
 )
 
 // staging is the staging directory, open and locked against the recovery of another
@@ -57,8 +59,8 @@ func (s *staging) close() {
 
 // discard moves name beneath dirfd, a directory of the home, to the trash. Afterwards
 // it is deleted in the background.
-func (d *Driver) discard(s *staging, dirfd int, name string) (trashName string, err error) {
-	trashName = trashPrefix + rand.Text()
+func (d *Driver) discard(s *staging, dirfd int, name, prefix string) (trashName string, err error) {
+	trashName = prefix + rand.Text()
 	if err := sys.RenameNoReplace(dirfd, name, s.fd, trashName); err != nil {
 		return "", fmt.Errorf("move to trash: %w", err)
 	}
@@ -90,7 +92,7 @@ func (d *Driver) recoverStaging() error {
 		}
 		if !strings.HasPrefix(name, trashPrefix) {
 			// Under its new name it is trash for every process, locked or not.
-			if name, err = d.discard(s, s.fd, name); err != nil {
+			if name, err = d.discard(s, s.fd, name, trashPrefix); err != nil {
 				return err
 			}
 		}
@@ -197,6 +199,11 @@ func (d *Driver) deleteTrash(name string) error {
 	// A long deletion must not look to another New like a layer being made.
 	if err := sys.Flock(s.fd, unix.LOCK_UN); err != nil {
 		return err
+	}
+	if !strings.HasPrefix(name, trashDiffPrefix) {
+		if err := d.unlimit(name); err != nil {
+			return err
+		}
 	}
 	err = sys.RemoveAllAt(s.fd, name)
 	if errors.Is(err, unix.EXDEV) || errors.Is(err, unix.EBUSY) {

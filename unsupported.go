@@ -70,6 +70,11 @@ func (d *Driver) DiffSize(id, _ string) (int64, error) {
 	return 0, layerErr("size", id, ErrNotSupported)
 }
 
+// Usage returns ErrNotSupported.
+func (d *Driver) Usage(id string) (Usage, error) {
+	return Usage{}, layerErr("usage", id, ErrNotSupported)
+}
+
 // Changes returns ErrNotSupported.
 func (d *Driver) Changes(id, _ string) ([]archive.Change, error) {
 	return nil, layerErr("changes", id, ErrNotSupported)

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -15,17 +14,19 @@ import (
 )
 
 // Control manages the quotas of directories on the filesystem of one home. It is safe
-// for concurrent use, and other processes may manage the same filesystem.
+// for concurrent use, holds nothing open between calls, and other processes may manage
+// the same filesystem.
 type Control struct {
-	mu    sync.RWMutex    // held for reading by every call, for writing by Close; before idMu
-	kern  *kernel         // nil once closed; protected by mu
-	dev   uint64          // st_dev of the home
-	base  uint32          // the home's own project
-	noted map[uint32]bool // ids an administrator has names for
+	// Immutable after Open.
+	home   string          // absolute
+	dev    uint64          // st_dev of the home
+	device string          // see kernel
+	base   uint32          // the home's own project
+	noted  map[uint32]bool // ids an administrator has names for
 
-	idMu    sync.Mutex
-	nextID  uint32   // where to look for a free id first; protected by idMu
-	cleared []uint32 // ids to be used again when their trees are gone; protected by idMu
+	mu      sync.Mutex
+	nextID  uint32   // where to look for a free id first; protected by mu
+	cleared []uint32 // ids to be used again when their trees are gone; protected by mu
 }
 
 // Open finds out whether directories on home's filesystem can have quotas, and how.
@@ -37,27 +38,25 @@ func Open(home string) (*Control, error) {
 	if err != nil {
 		return nil, err
 	}
-	k, err := openKernel(abs)
+	fd, err := openDir(abs)
 	if err != nil {
 		return nil, wrap("open", home, err)
 	}
-	c := &Control{kern: k, noted: reservedIDs()}
-	if err := c.probe(abs); err != nil {
-		return nil, wrap("open", home, errors.Join(err, k.close()))
+	c := &Control{home: abs, noted: reservedIDs()}
+	if err := errors.Join(c.probe(fd), sys.Close(fd)); err != nil {
+		return nil, wrap("open", home, err)
 	}
 	return c, nil
 }
 
-// Close releases the home's descriptor. A second Close does nothing.
-func (c *Control) Close() error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.kern == nil {
-		return nil
+// openDir opens the home, which may be a symlink.
+func openDir(path string) (int, error) {
+	for {
+		fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != unix.EINTR {
+			return fd, err
+		}
 	}
-	err := c.kern.close()
-	c.kern = nil
-	return err
 }
 
 // Set gives dir, which must be an empty directory on the home's filesystem, a project of its
@@ -67,27 +66,27 @@ func (c *Control) Close() error {
 // Errors: ErrInvalidLimit, ErrHasProject, ErrBelowUsage if the limit does not
 // even hold the directory itself, ENOTEMPTY, EXDEV, EROFS.
 func (c *Control) Set(dir string, limits Limits) error {
-	return c.with("set", dir, func(fd int) error {
+	return c.with("set", dir, func(k kernel) error {
 		if err := c.checkLimits(limits); err != nil {
 			return err
 		}
-		if err := checkEmpty(fd); err != nil {
+		if err := checkEmpty(k.fd); err != nil {
 			return err
 		}
-		old, err := getXattr(fd)
+		old, err := getXattr(k.fd)
 		if err != nil {
 			return err
 		}
 		if old.projid != 0 && old.projid != c.base {
 			return fmt.Errorf("%w (%d)", ErrHasProject, old.projid)
 		}
-		id, err := c.claim(fd, old)
+		id, err := c.claim(k, old)
 		if err != nil {
 			return err
 		}
-		if err := c.limit(id, limits); err != nil {
+		if err := k.limit(id, limits); err != nil {
 			// First the limits, while the id is surely ours.
-			return errors.Join(err, c.kern.set(id, Limits{}), setXattr(fd, old))
+			return errors.Join(err, k.set(id, Limits{}), setXattr(k.fd, old))
 		}
 		return nil
 	})
@@ -98,12 +97,12 @@ func (c *Control) Set(dir string, limits Limits) error {
 func (c *Control) Get(dir string) (Limits, Usage, error) {
 	var l Limits
 	var u Usage
-	err := c.with("get", dir, func(fd int) error {
-		id, err := c.projectOf(fd)
+	err := c.with("get", dir, func(k kernel) error {
+		id, err := c.projectOf(k.fd)
 		if err != nil {
 			return err
 		}
-		q, err := c.kern.get(id)
+		q, err := k.get(id)
 		if err != nil {
 			return err
 		}
@@ -118,15 +117,15 @@ func (c *Control) Get(dir string) (Limits, Usage, error) {
 // and nothing changed, if the tree holds more already; ErrNoProject if dir has no
 // project of its own.
 func (c *Control) Resize(dir string, limits Limits) error {
-	return c.with("resize", dir, func(fd int) error {
+	return c.with("resize", dir, func(k kernel) error {
 		if err := c.checkLimits(limits); err != nil {
 			return err
 		}
-		id, err := c.projectOf(fd)
+		id, err := c.projectOf(k.fd)
 		if err != nil {
 			return err
 		}
-		return c.limit(id, limits)
+		return k.limit(id, limits)
 	})
 }
 
@@ -134,33 +133,28 @@ func (c *Control) Resize(dir string, limits Limits) error {
 // given to another directory before the last of them is gone: call Clear, then delete
 // the tree. A directory without a project of its own is left alone, without an error.
 func (c *Control) Clear(dir string) error {
-	return c.with("clear", dir, func(fd int) error {
-		id, err := c.projectOf(fd)
+	return c.with("clear", dir, func(k kernel) error {
+		id, err := c.projectOf(k.fd)
 		if errors.Is(err, ErrNoProject) {
 			return nil
 		}
 		if err != nil {
 			return err
 		}
-		if err := c.kern.set(id, Limits{}); err != nil {
+		if err := k.set(id, Limits{}); err != nil {
 			return err
 		}
-		c.idMu.Lock()
+		c.mu.Lock()
 		if !slices.Contains(c.cleared, id) {
 			c.cleared = append(c.cleared, id)
 		}
-		c.idMu.Unlock()
+		c.mu.Unlock()
 		return nil
 	})
 }
 
 // with opens dir, a directory on the home's filesystem and no symlink, and calls f.
-func (c *Control) with(op, dir string, f func(fd int) error) error {
-	c.mu.RLock()
-	defer c.mu.RUnlock()
-	if c.kern == nil {
-		return wrap(op, dir, os.ErrClosed)
-	}
+func (c *Control) with(op, dir string, f func(k kernel) error) error {
 	fd, err := sys.OpenRoot(dir)
 	if err != nil {
 		return wrap(op, dir, err)
@@ -171,7 +165,7 @@ func (c *Control) with(op, dir string, f func(fd int) error) error {
 		err = fmt.Errorf("not on the filesystem of the home: %w", unix.EXDEV)
 	}
 	if err == nil {
-		err = f(fd)
+		err = f(kernel{fd: fd, device: c.device})
 	}
 	return wrap(op, dir, errors.Join(err, sys.Close(fd)))
 }
@@ -191,8 +185,8 @@ func (c *Control) projectOf(fd int) (uint32, error) {
 
 // limit sets the limits of a project in use. The kernel would accept less than what is
 // used already and then refuse every write.
-func (c *Control) limit(id uint32, l Limits) error {
-	q, err := c.kern.get(id)
+func (k kernel) limit(id uint32, l Limits) error {
+	q, err := k.get(id)
 	if err != nil {
 		return err
 	}
@@ -202,7 +196,7 @@ func (c *Control) limit(id uint32, l Limits) error {
 	if l.Inodes != 0 && l.Inodes < q.inoCount {
 		return fmt.Errorf("%w: %d inodes, %d used", ErrBelowUsage, l.Inodes, q.inoCount)
 	}
-	return c.kern.set(id, l)
+	return k.set(id, l)
 }
 
 // checkLimits reports limits that cannot be meant.
@@ -215,8 +209,10 @@ func (c *Control) checkLimits(l Limits) error {
 	case l.Inodes != 0 && l.SoftInodes > l.Inodes:
 		return fmt.Errorf("%w: soft limit of %d inodes above the hard one of %d", ErrInvalidLimit, l.SoftInodes, l.Inodes)
 	}
+	// Of the home: xfs and ext4 show the limits themselves as the size of a directory
+	// that has some.
 	var st unix.Statfs_t
-	if err := unix.Fstatfs(c.kern.fd, &st); err != nil {
+	if err := unix.Statfs(c.home, &st); err != nil {
 		return err
 	}
 	// Type and sign of the fields differ by architecture.

@@ -44,12 +44,18 @@ func open(t *testing.T, home string) *Control {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if err := c.Close(); err != nil {
-			t.Error(err)
-		}
-	})
 	return c
+}
+
+// speak returns what c speaks to the kernel with, for a test that goes past c.
+func speak(t *testing.T, c *Control) kernel {
+	t.Helper()
+	fd, err := openDir(c.home)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Close(fd) })
+	return kernel{fd: fd, device: c.device}
 }
 
 // subdir makes a new directory whose limits, if it gets any, are lifted at the end: the
@@ -373,13 +379,14 @@ func TestForeignIDs(t *testing.T) {
 		setProject(t, home, base, 0)
 		c := open(t, home)
 		c.noted = map[uint32]bool{base + 2: true}
+		k := speak(t, c)
 		files := subdir(t, c, home, "admin")
 		setProject(t, files, base+1, xflagProjinherit)
-		if err := c.kern.set(base+3, Limits{Bytes: 1 << 20}); err != nil {
+		if err := k.set(base+3, Limits{Bytes: 1 << 20}); err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() {
-			if err := c.kern.set(base+3, Limits{}); err != nil {
+			if err := k.set(base+3, Limits{}); err != nil {
 				t.Error(err)
 			}
 		})
@@ -405,7 +412,8 @@ func TestClearSparesTheHome(t *testing.T) {
 		defer setProject(t, home, 0, 0)
 		c := open(t, home)
 		limits := Limits{Bytes: 64 << 20}
-		if err := c.kern.set(base, limits); err != nil {
+		k := speak(t, c)
+		if err := k.set(base, limits); err != nil {
 			t.Fatal(err)
 		}
 		dir := subdir(t, c, home, "layer")
@@ -413,11 +421,11 @@ func TestClearSparesTheHome(t *testing.T) {
 		if err := c.Clear(dir); err != nil {
 			t.Fatal(err)
 		}
-		q, err := c.kern.get(base)
+		q, err := k.get(base)
 		if err != nil || q.blkHard*basicBlock != limits.Bytes {
 			t.Errorf("limit of the home's project is %d: %v", q.blkHard*basicBlock, err)
 		}
-		if err := c.kern.set(base, Limits{}); err != nil {
+		if err := k.set(base, Limits{}); err != nil {
 			t.Error(err)
 		}
 	})
@@ -461,7 +469,8 @@ func TestManyAtOnce(t *testing.T) {
 func TestDeviceNode(t *testing.T) {
 	each(t, func(t *testing.T, home string) {
 		c := open(t, home)
-		if err := c.kern.useDevice(home); err != nil {
+		var err error
+		if c.device, err = findDevice(speak(t, c).fd, home); err != nil {
 			t.Fatal(err)
 		}
 		dir := subdir(t, c, home, "layer")
@@ -472,7 +481,7 @@ func TestDeviceNode(t *testing.T) {
 		if got, u, err := c.Get(dir); err != nil || got != limits || u.Inodes != 1 {
 			t.Errorf("%+v %+v %v", got, u, err)
 		}
-		if flags, err := c.kern.state(); err != nil || flags&projectEnforced == 0 {
+		if flags, err := speak(t, c).state(); err != nil || flags&projectEnforced == 0 {
 			t.Errorf("flags %#x: %v", flags, err)
 		}
 	})
@@ -481,14 +490,14 @@ func TestDeviceNode(t *testing.T) {
 func TestDeviceNodeIsMadeOnce(t *testing.T) {
 	each(t, func(t *testing.T, home string) {
 		c := open(t, home)
-		if err := makeDevice(c.kern.fd, c.dev); err != nil {
+		if err := makeDevice(speak(t, c).fd, c.dev); err != nil {
 			t.Fatal(err)
 		}
 		node := filepath.Join(home, deviceName)
 		if err := checkDevice(node, c.dev); err != nil {
 			t.Fatal(err)
 		}
-		if path, err := findDevice(c.kern.fd, home); err != nil || path != node {
+		if path, err := findDevice(speak(t, c).fd, home); err != nil || path != node {
 			t.Errorf("found %q: %v", path, err)
 		}
 		if err := checkDevice(node, c.dev+1); !errors.Is(err, unix.ENOTBLK) {
@@ -532,17 +541,18 @@ func TestReadOnly(t *testing.T) {
 	})
 }
 
-func TestClosed(t *testing.T) {
+func TestHoldsNothingOpen(t *testing.T) {
 	each(t, func(t *testing.T, home string) {
 		overlaytest.NoLeaks(t)
-		c, err := Open(home)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := errors.Join(c.Close(), c.Close()); err != nil {
+		c := open(t, home)
+		dir := subdir(t, c, home, "layer")
+		if _, _, err := c.Get(dir); !errors.Is(err, ErrNoProject) {
 			t.Error(err)
 		}
-		if err := c.Set(home, Limits{Bytes: 1}); !errors.Is(err, os.ErrClosed) {
+		if err := errors.Join(c.Set(dir, Limits{Inodes: 9}), c.Resize(dir, Limits{Inodes: 8})); err != nil {
+			t.Error(err)
+		}
+		if err := c.Set(dir, Limits{Bytes: 1 << 20}); !errors.Is(err, ErrHasProject) {
 			t.Error(err)
 		}
 	})
@@ -633,17 +643,18 @@ func TestManyIDs(t *testing.T) {
 	each(t, func(t *testing.T, home string) {
 		c := open(t, home)
 		const first, n = 1000, 10000
+		k := speak(t, c)
 		setProject(t, home, first-1, 0)
 		t.Cleanup(func() {
 			setProject(t, home, 0, 0)
 			for id := uint32(first); id < first+n; id++ {
-				if err := c.kern.set(id, Limits{}); err != nil {
+				if err := k.set(id, Limits{}); err != nil {
 					t.Error(err)
 				}
 			}
 		})
 		for id := uint32(first); id < first+n; id++ {
-			if err := c.kern.set(id, Limits{Bytes: 1 << 20}); err != nil {
+			if err := k.set(id, Limits{Bytes: 1 << 20}); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -17,26 +17,26 @@ const claimTries = 1000
 
 // claim gives an open, empty directory a project that nothing else on the filesystem
 // has, and returns its id. On an error the directory is as it was.
-func (c *Control) claim(fd int, old fsxattr) (uint32, error) {
-	c.idMu.Lock()
-	defer c.idMu.Unlock()
+func (c *Control) claim(k kernel, old fsxattr) (uint32, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	for range claimTries {
-		id, err := c.free()
+		id, err := c.free(k)
 		if err != nil {
 			return 0, err
 		}
 		x := old
 		x.projid, x.xflags = id, old.xflags|xflagProjinherit
-		if err := setXattr(fd, x); err != nil {
+		if err := setXattr(k.fd, x); err != nil {
 			return 0, err
 		}
 		// Whoever takes an id first makes its inode count one, then looks. Of two that
 		// did so at once, the kernel shows at least the later one both inodes.
-		q, err := c.kern.get(id)
+		q, err := k.get(id)
 		if err == nil && q.inoCount == 1 && !q.limited() {
 			return id, nil
 		}
-		if err := errors.Join(err, setXattr(fd, old)); err != nil {
+		if err := errors.Join(err, setXattr(k.fd, old)); err != nil {
 			return 0, err
 		}
 	}
@@ -49,23 +49,23 @@ func (q *diskQuota) limited() bool { return q.blkHard|q.blkSoft|q.inoHard|q.inoS
 // free returns an id that no inode and no limit on the filesystem has, and that no
 // administrator has noted: one whose limits Clear lifted, one from nextID on, or, when
 // those are all in use, any above the home's.
-func (c *Control) free() (uint32, error) {
-	if id, err := c.freeCleared(); id != 0 || err != nil {
+func (c *Control) free(k kernel) (uint32, error) {
+	if id, err := c.freeCleared(k); id != 0 || err != nil {
 		return id, err
 	}
 	if c.base >= maxID {
 		return 0, fmt.Errorf("the home's project %d is the last there is: %w", c.base, unix.ENOSPC)
 	}
-	id, err := c.freeFrom(max(c.nextID, c.base+1))
+	id, err := c.freeFrom(k, max(c.nextID, c.base+1))
 	if id == 0 && err == nil {
-		id, err = c.freeFrom(c.base + 1)
+		id, err = c.freeFrom(k, c.base+1)
 	}
 	for next := c.base + 1; id == 0 && err == nil; next++ {
 		if next > maxID {
 			return 0, fmt.Errorf("all project ids above %d are in use: %w", c.base, unix.ENOSPC)
 		}
 		var used bool
-		if used, err = c.inUse(next); !used {
+		if used, err = c.inUse(k, next); !used {
 			id = next
 		}
 	}
@@ -78,13 +78,13 @@ func (c *Control) free() (uint32, error) {
 // freeFrom returns a free id at or above start, 0 if it came upon none. Layers have ids
 // in a row, so it leaps in growing steps until one is free and halves the way back: some
 // thirty questions where 10,000 are in use. Holes it leapt over are for other times.
-func (c *Control) freeFrom(start uint32) (uint32, error) {
+func (c *Control) freeFrom(k kernel, start uint32) (uint32, error) {
 	last, id := uint64(start)-1, uint64(start) // last is in use, or the one before start
 	for step := uint64(1); ; step *= 2 {
 		if id > maxID {
 			return 0, nil
 		}
-		used, err := c.inUse(uint32(id))
+		used, err := c.inUse(k, uint32(id))
 		if err != nil {
 			return 0, err
 		}
@@ -95,7 +95,7 @@ func (c *Control) freeFrom(start uint32) (uint32, error) {
 	}
 	for id-last > 1 {
 		middle := (last + id) / 2
-		used, err := c.inUse(uint32(middle))
+		used, err := c.inUse(k, uint32(middle))
 		if err != nil {
 			return 0, err
 		}
@@ -110,11 +110,11 @@ func (c *Control) freeFrom(start uint32) (uint32, error) {
 
 // freeCleared returns an id that Clear left and whose tree is gone by now, or 0. It
 // looks at a few only; those still in use get in line again.
-func (c *Control) freeCleared() (uint32, error) {
+func (c *Control) freeCleared(k kernel) (uint32, error) {
 	for range min(len(c.cleared), 4) {
 		id := c.cleared[0]
 		c.cleared = c.cleared[1:]
-		used, err := c.inUse(id)
+		used, err := c.inUse(k, id)
 		if err != nil {
 			return 0, err
 		}
@@ -128,11 +128,11 @@ func (c *Control) freeCleared() (uint32, error) {
 
 // inUse reports whether the filesystem has an inode or a limit with the id, or an
 // administrator has a name for it.
-func (c *Control) inUse(id uint32) (bool, error) {
+func (c *Control) inUse(k kernel, id uint32) (bool, error) {
 	if c.noted[id] {
 		return true, nil
 	}
-	next, err := c.kern.next(id)
+	next, err := k.next(id)
 	if errors.Is(err, unix.ENOENT) {
 		return false, nil
 	}

@@ -8,40 +8,14 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/bcc2decd/overlay2/internal/sys"
 )
 
-// kernel speaks quotactl for one filesystem.
+// kernel speaks quotactl for one filesystem. It is a value: nothing is held open
+// between calls.
 type kernel struct {
-	fd     int    // the home, a directory on the filesystem
+	fd     int    // an open directory on the filesystem
 	device string // path of its block device for quotactl(2); "" to use quotactl_fd(2)
 }
-
-// openKernel opens dir, to speak through quotactl_fd(2) about its filesystem.
-func openKernel(dir string) (*kernel, error) {
-	var fd int
-	var err error
-	for {
-		if fd, err = unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != unix.EINTR {
-			break
-		}
-	}
-	if err != nil {
-		return nil, err
-	}
-	return &kernel{fd: fd}, nil
-}
-
-// useDevice makes k speak through quotactl(2) and a device node, for kernels without
-// quotactl_fd(2).
-func (k *kernel) useDevice(dir string) (err error) {
-	k.device, err = findDevice(k.fd, dir)
-	return err
-}
-
-// close releases the descriptor.
-func (k *kernel) close() error { return sys.Close(k.fd) }
 
 // hasQuotactlFd reports whether the kernel has quotactl_fd(2) (5.14, commit
 // 64c2c2c62f92): it looks at the descriptor first.
@@ -51,7 +25,7 @@ func hasQuotactlFd() bool {
 }
 
 // call makes one quotactl call. arg is a *diskQuota or *quotaState.
-func (k *kernel) call(cmd uint32, id uint32, arg unsafe.Pointer) error {
+func (k kernel) call(cmd uint32, id uint32, arg unsafe.Pointer) error {
 	var device *byte
 	if k.device != "" {
 		var err error
@@ -77,7 +51,7 @@ func (k *kernel) call(cmd uint32, id uint32, arg unsafe.Pointer) error {
 
 // state returns the flags projectAccounting and projectEnforced, 0 if the kernel, the
 // filesystem or its mount knows no quotas.
-func (k *kernel) state() (uint16, error) {
+func (k kernel) state() (uint16, error) {
 	s := quotaState{version: quotaStateVersion}
 	switch err := k.call(cmdState, 0, unsafe.Pointer(&s)); {
 	case err == nil:
@@ -90,7 +64,7 @@ func (k *kernel) state() (uint16, error) {
 }
 
 // get returns limits and usage of a project, all zero if the kernel knows nothing of it.
-func (k *kernel) get(id uint32) (diskQuota, error) {
+func (k kernel) get(id uint32) (diskQuota, error) {
 	var q diskQuota
 	err := k.call(cmdGet, id, unsafe.Pointer(&q))
 	if errors.Is(err, unix.ENOENT) {
@@ -101,14 +75,14 @@ func (k *kernel) get(id uint32) (diskQuota, error) {
 
 // next returns the first project at or above id that has inodes or limits; ENOENT if
 // there is none.
-func (k *kernel) next(id uint32) (uint32, error) {
+func (k kernel) next(id uint32) (uint32, error) {
 	var q diskQuota
 	err := k.call(cmdGetNext, id, unsafe.Pointer(&q))
 	return q.id, err
 }
 
 // set sets all four limits of a project, zero for none.
-func (k *kernel) set(id uint32, l Limits) error {
+func (k kernel) set(id uint32, l Limits) error {
 	q := diskQuota{
 		version:   diskQuotaVersion,
 		flags:     flagProject,

@@ -8,9 +8,6 @@ type Control struct{}
 // Open returns ErrNotSupported.
 func Open(string) (*Control, error) { return nil, ErrNotSupported }
 
-// Close does nothing.
-func (*Control) Close() error { return nil }
-
 // Set returns ErrNotSupported.
 func (*Control) Set(string, Limits) error { return ErrNotSupported }
 

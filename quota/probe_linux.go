@@ -9,16 +9,15 @@ import (
 	"github.com/bcc2decd/overlay2/internal/sys"
 )
 
-// probe fills in what Control must know about the home, or says why there can be no
-// quotas, in the order in which a person would have to mend it.
-func (c *Control) probe(home string) error {
-	k := c.kern
+// probe fills in what Control must know about the home, open as fd, or says why there
+// can be no quotas, in the order in which a person would have to mend it.
+func (c *Control) probe(fd int) error {
 	var st unix.Stat_t
-	if err := sys.Fstat(k.fd, &st); err != nil {
+	if err := sys.Fstat(fd, &st); err != nil {
 		return err
 	}
 	var fs unix.Statfs_t
-	if err := unix.Fstatfs(k.fd, &fs); err != nil {
+	if err := unix.Fstatfs(fd, &fs); err != nil {
 		return err
 	}
 	c.dev = uint64(st.Dev)
@@ -39,10 +38,12 @@ func (c *Control) probe(home string) error {
 		return unsupported(unix.EPERM, "the kernel manages them only for the initial user namespace")
 	}
 	if !hasQuotactlFd() {
-		if err := k.useDevice(home); err != nil {
+		var err error
+		if c.device, err = findDevice(fd, c.home); err != nil {
 			return unsupported(err, "the kernel has no quotactl_fd (Linux 5.14), and there is no usable device node")
 		}
 	}
+	k := kernel{fd: fd, device: c.device}
 	flags, err := k.state()
 	switch {
 	case errors.Is(err, unix.EPERM):
@@ -60,7 +61,7 @@ func (c *Control) probe(home string) error {
 		}
 		return unsupported(err, "the kernel cannot list projects in use (Linux 4.6)")
 	}
-	x, err := getXattr(k.fd)
+	x, err := getXattr(fd)
 	if err != nil {
 		return unsupported(err, "the project of the home cannot be read")
 	}
