@@ -417,3 +417,41 @@ func TestSourceDateEpoch(t *testing.T) {
 		t.Errorf("two ids for the same commit: %v", ids)
 	}
 }
+
+// A layer that is written to while it is committed gives an error that says so, or an image
+// that is whole; never one in between.
+func TestCommitWhileWriting(t *testing.T) {
+	o := newTool(t)
+	o.do("import", shipped, "--name", "a")
+	box := o.mount("box", "a")
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for i := 0; ; i++ {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			if err := os.WriteFile(filepath.Join(box, "etc/busy"), bytes.Repeat([]byte{byte(i)}, 1<<16), 0o600); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	}()
+	for i := range 3 {
+		code, _, said := o.try("commit", "box", "--name", fmt.Sprint("image", i))
+		if code != exitOK && (code != exitFailure || !strings.Contains(said, "changed while it was read")) {
+			t.Errorf("code %d: %s", code, said)
+		}
+		o.do("check")
+		if code == exitOK {
+			o.do("rm", fmt.Sprint("image", i))
+		}
+	}
+	close(stop)
+	<-stopped
+	o.do("rm", "-f", "box")
+	o.do("rm", "a")
+	o.empty()
+}

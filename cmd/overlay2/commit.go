@@ -10,6 +10,7 @@ import (
 	"runtime"
 
 	"github.com/bcc2decd/overlay2"
+	"github.com/bcc2decd/overlay2/archive"
 	"github.com/bcc2decd/overlay2/cmd/overlay2/internal/image"
 	"github.com/bcc2decd/overlay2/cmd/overlay2/internal/store"
 	"github.com/opencontainers/go-digest"
@@ -109,7 +110,7 @@ func (a *app) commitLayer(d *overlay2.Driver, bars *progress, l *store.Layer, f 
 	r, err := a.importOne(d, bars, f.name, img, f.replace)
 	if errors.Is(err, image.ErrDigest) {
 		// The tar's own digest was taken a moment ago: no image is damaged here.
-		return r, fmt.Errorf("layer %s was changed while it was read: %v", l.ID, err)
+		return r, fmt.Errorf("layer %s: %w: %s", l.ID, archive.ErrChanged, err.Error())
 	}
 	return r, err
 }

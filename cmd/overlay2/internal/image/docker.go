@@ -2,9 +2,11 @@ package image
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"path"
+	"regexp"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
@@ -77,14 +79,17 @@ func dockerImages(set files) ([]*Image, error) {
 	return images, nil
 }
 
+// isHex is the form of a SHA-256.
+var isHex = regexp.MustCompile(`^[0-9a-f]{64}$`)
+
 // checkConfigName verifies a config whose file is named by its digest: HEX.json of
 // Docker before 25, blobs/sha256/HEX after, sha256:HEX of some builders.
 func checkConfigName(name string, config []byte) error {
 	hex := strings.TrimPrefix(strings.TrimSuffix(path.Base(name), ".json"), "sha256:")
-	want := digest.NewDigestFromEncoded(digest.SHA256, hex)
-	if want.Validate() != nil {
+	if !isHex.MatchString(hex) {
 		return nil // a name that promises nothing
 	}
+	want := digest.NewDigestFromEncoded(digest.SHA256, hex)
 	if got := digest.FromBytes(config); got != want {
 		return fmt.Errorf("%w: the config is %s, not %s", ErrDigest, got, want)
 	}
@@ -94,14 +99,10 @@ func checkConfigName(name string, config []byte) error {
 // addSavedNames gives the images of an archive in both forms the full names that
 // manifest.json has, where the index has only a tag.
 func addSavedNames(set files, images []*Image) error {
-	r, _, err := set.open(dockerArchive)
-	if err != nil {
+	list, err := readSaved(set)
+	if errors.Is(err, ErrMissing) {
 		return nil // no second form
 	}
-	if err := r.Close(); err != nil {
-		return err
-	}
-	list, err := readSaved(set)
 	if err != nil {
 		return err
 	}

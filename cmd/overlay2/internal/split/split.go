@@ -23,15 +23,17 @@ type Recorder struct {
 	path string
 	tmp  *os.File
 	feed *io.PipeWriter
-	done chan error
-	off  bool // the parser wants no more: the layer has no split
-	end  error
+	done chan struct{} // closed when the parser is done; then failed is set
+	// failed is the parser's error: the layer has no split then.
+	failed error
+	off    bool // the parser wants no more
+	end    error
 }
 
 // Record returns a reader of r that writes the split of what is read. A tar that tar-split
 // cannot parse is passed through all the same; it just has no split.
 func Record(r io.Reader, path string) *Recorder {
-	rec := &Recorder{src: r, path: path, done: make(chan error, 1)}
+	rec := &Recorder{src: r, path: path, done: make(chan struct{})}
 	tmp, err := os.CreateTemp(filepath.Dir(path), ".new-")
 	if err != nil {
 		rec.end = err
@@ -41,10 +43,10 @@ func Record(r io.Reader, path string) *Recorder {
 	pr, pw := io.Pipe()
 	rec.feed = pw
 	go func() {
-		err := parse(pr, tmp)
+		defer close(rec.done)
+		rec.failed = parse(pr, tmp)
 		// The feeder must not wait for a parser that has given up.
 		pr.CloseWithError(errParser)
-		rec.done <- err
 	}()
 	return rec
 }
@@ -90,12 +92,13 @@ func (r *Recorder) Keep() error {
 	if r.end != io.EOF {
 		return fmt.Errorf("tar-split: the tar was not read to its end: %w", r.end)
 	}
-	err := r.feed.Close()
-	if perr := <-r.done; perr != nil || err != nil {
-		r.done <- perr
+	if err := r.feed.Close(); err != nil {
+		return err
+	}
+	<-r.done
+	if r.failed != nil {
 		return nil
 	}
-	r.done <- nil
 	if err := r.tmp.Sync(); err != nil {
 		return err
 	}
