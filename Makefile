@@ -5,7 +5,9 @@
 
 SHELL := /bin/bash -o pipefail
 GO ?= go
-MODULES := $(filter-out tools,$(patsubst %/,%,$(dir $(shell git ls-files '*go.mod' 2>/dev/null || find . -name go.mod -printf '%P\n'))))
+# The peers that the benchmarks build are none of these: they are there to be measured, and
+# one that does not build costs its rows of the table only.
+MODULES := $(filter-out tools benchmarks/peers/%,$(patsubst %/,%,$(dir $(shell git ls-files '*go.mod' 2>/dev/null || find . -name go.mod -printf '%P\n'))))
 # IMAGE is what `make demo` imports: an OCI layout or archive, or the output of docker save.
 IMAGE ?=
 # TESTFLAGS are added to every go test, as in make test TESTFLAGS='-run Create -v'.

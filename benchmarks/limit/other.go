@@ -1,0 +1,4 @@
+//go:build !linux
+
+// Package limit is for Linux alone.
+package limit

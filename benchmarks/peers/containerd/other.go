@@ -1,0 +1,6 @@
+//go:build !linux
+
+// Command containerd measures a peer that runs on Linux alone.
+package main
+
+func main() { panic("linux only") }

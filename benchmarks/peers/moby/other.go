@@ -1,0 +1,6 @@
+//go:build !linux
+
+// Command moby measures a peer that runs on Linux alone.
+package main
+
+func main() { panic("linux only") }
