@@ -449,40 +449,82 @@ func (b *builder) view(n *dirNode) (*mergedDir, error) {
 	for ; !n.viewKnown; n = n.parent {
 		way = append(way, n)
 	}
-	view, owned := n.view, false
+	if len(way) == 0 || n.view == nil {
+		for _, n := range way {
+			n.viewKnown = true
+		}
+		return n.view, nil
+	}
+	return b.viewDown(n, way)
+}
+
+// viewDown finds the views of the directories way, the last of which is beneath from. Closed
+// ones are opened on the way, and keep nothing open: deep trees would take too many descriptors.
+func (b *builder) viewDown(from *dirNode, way []*dirNode) (view *mergedDir, err error) {
+	at := cursor{fd: from.fd}
+	if at.fd < 0 {
+		if at.fd, err = b.openAgain(from); err != nil {
+			return nil, inDir(from.name, err)
+		}
+		at.owned = true
+	}
+	defer func() { err = errors.Join(err, at.close()) }()
+	view, owned := from.view, false
 	for i := len(way) - 1; i >= 0; i-- {
-		n = way[i]
+		n := way[i]
 		if view == nil {
-			n.view, n.viewKnown = nil, true
+			n.viewKnown = true
 			continue
 		}
-		next, err := b.viewBelow(view, n)
+		err := at.enter(n)
+		var next *mergedDir
+		if err == nil {
+			next, err = b.viewOf(view, at.fd, n.name)
+		}
 		if owned {
 			view.close()
 		}
 		if err != nil {
 			return nil, inDir(n.name, err)
 		}
-		// A closed directory keeps no handles of its view, or deep trees would take too many.
-		owned = n.fd < 0 && next != nil
+		view, owned = next, n.fd < 0 && next != nil
 		if !owned {
 			n.view, n.viewKnown = next, true
 		}
-		view = next
 	}
 	return view, nil
 }
 
-func (b *builder) viewBelow(view *mergedDir, n *dirNode) (*mergedDir, error) {
-	if n.fd >= 0 {
-		return b.viewOf(view, n.fd, n.name)
+// cursor is a handle on its way down the stack; owned says that it is not a node's.
+type cursor struct {
+	fd    int
+	owned bool
+}
+
+// enter goes to n, a child of where it is.
+func (c *cursor) enter(n *dirNode) error {
+	next := cursor{fd: n.fd}
+	if n.fd < 0 {
+		fd, err := sys.OpenDirat(c.fd, n.name)
+		if err != nil {
+			return err
+		}
+		next = cursor{fd, true}
+		if err := n.is(fd); err != nil {
+			return errors.Join(err, sys.Close(fd))
+		}
 	}
-	fd, err := b.openAgain(n)
-	if err != nil {
-		return nil, err
+	err := c.close()
+	*c = next
+	return err
+}
+
+func (c *cursor) close() error {
+	if !c.owned {
+		return nil
 	}
-	next, err := b.viewOf(view, fd, n.name)
-	return next, errors.Join(err, sys.Close(fd))
+	c.owned = false
+	return sys.Close(c.fd)
 }
 
 // viewOf returns what merges beneath this layer's directory fd, which lies by name where view is.

@@ -64,10 +64,15 @@ func textWords(line string) ([]textWord, error) {
 	var words []textWord
 	for line = strings.TrimLeft(line, " \t"); line != ""; line = strings.TrimLeft(line, " \t") {
 		word := textWord{whole: line[0] == '"'}
+		var text strings.Builder
 		for line != "" && line[0] != ' ' && line[0] != '\t' {
 			if line[0] != '"' {
-				word.text += line[:1]
-				line = line[1:]
+				n := strings.IndexAny(line, " \t\"")
+				if n < 0 {
+					n = len(line)
+				}
+				text.WriteString(line[:n])
+				line = line[n:]
 				continue
 			}
 			quoted, err := strconv.QuotedPrefix(line)
@@ -78,9 +83,10 @@ func textWords(line string) ([]textWord, error) {
 			if err != nil {
 				return nil, err
 			}
-			word.text += s
+			text.WriteString(s)
 			line = line[len(quoted):]
 		}
+		word.text = text.String()
 		words = append(words, word)
 	}
 	return words, nil
