@@ -62,7 +62,7 @@ func (d *Driver) create(id, parent string, limit limits) (err error) {
 			return fmt.Errorf("parent %s: %w", parent, err)
 		}
 		defer p.close()
-		if n.lowers, err = parentChain(p); err != nil {
+		if n.lowers, err = d.parentChain(p); err != nil {
 			return fmt.Errorf("parent %s: %w", parent, err)
 		}
 		n.parent = p
@@ -109,7 +109,7 @@ func (d *Driver) openParent(id string) (*layer, error) {
 }
 
 // parentChain returns the links that a child of p has below it, and checks that they lead to layers.
-func parentChain(p *layer) ([]string, error) {
+func (d *Driver) parentChain(p *layer) ([]string, error) {
 	own, err := p.link()
 	if err != nil {
 		return nil, err
@@ -119,8 +119,8 @@ func parentChain(p *layer) ([]string, error) {
 		return nil, err
 	}
 	links := append([]string{own}, above...)
-	if len(links) > maxLegacyLowers {
-		return nil, fmt.Errorf("%w: %d below, at most %d", ErrTooDeep, len(links), maxLegacyLowers)
+	if len(links) > d.maxDepth {
+		return nil, fmt.Errorf("%w: %d below, at most %d", ErrTooDeep, len(links), d.maxDepth)
 	}
 	ids, err := resolve(p.home, links[:1])
 	if err != nil {

@@ -201,45 +201,6 @@ func TestCreateFails(t *testing.T) {
 	}
 }
 
-// TestDeepChain: 128 layers below one mount from a home with a path of 200 characters; one
-// more is refused by Create.
-func TestDeepChain(t *testing.T) {
-	overlaytest.Require(t, "root", "overlay")
-	home := t.TempDir()
-	for len(home) < 200 {
-		home = filepath.Join(home, strings.Repeat("h", min(100, max(1, 199-len(home)))))
-	}
-	d := newTestDriver(t, home, Options{})
-	parent := ""
-	for i := range maxLegacyLowers {
-		id := fmt.Sprintf("layer%d", i)
-		must(t, d.Create(id, parent, nil))
-		path, put := get(t, d, id)
-		must(t, os.WriteFile(fmt.Sprintf("%s/f%d", path, i), []byte(id), 0o600))
-		must(t, os.WriteFile(path+"/same", []byte(id), 0o600))
-		put()
-		parent = id
-	}
-	long := strings.Repeat("top", 85) // 255 bytes
-	must(t, d.CreateReadWrite(long, parent, nil))
-	path, put := get(t, d, long)
-	for i := range maxLegacyLowers {
-		id := fmt.Sprintf("layer%d", i)
-		if data, err := os.ReadFile(filepath.Join(path, fmt.Sprintf("f%d", i))); err != nil || string(data) != id {
-			t.Fatalf("layer %d: %q %v", i, data, err)
-		}
-	}
-	if data, err := os.ReadFile(filepath.Join(path, "same")); err != nil || string(data) != parent {
-		t.Errorf("the nearest layer is not on top: %q %v", data, err)
-	}
-	put()
-	wantErr(t, d.Create("too-deep", long, nil), ErrTooDeep)
-	// Committed, the whole chain of 129 is a read-only mount of its own.
-	must(t, os.WriteFile(filepath.Join(home, long, "committed"), nil, 0o600))
-	_, put = get(t, d, long)
-	put()
-}
-
 func TestRemove(t *testing.T) {
 	d := newTestDriver(t, t.TempDir(), Options{})
 	must(t, d.Remove("never"))

@@ -184,7 +184,7 @@ func (d *Driver) pair(l *layer, parent string) (lowers []string, native bool, er
 	if err != nil {
 		return nil, false, err
 	}
-	ids, err := resolve(d.home, links)
+	ids, err := d.resolve(links)
 	if err != nil {
 		return nil, false, err
 	}

@@ -25,10 +25,6 @@ import (
 // driverName is what Docker calls this driver.
 const driverName = "overlay2"
 
-// maxLegacyLowers is how many lower layers fit into a page of 4 KiB as relative links,
-// with room for the other options (the same limit as Docker's).
-const maxLegacyLowers = 128
-
 // Driver keeps the layers of one home directory. All its methods may be called at the
 // same time. Two Drivers share nothing but what is on disk.
 type Driver struct {
@@ -37,6 +33,7 @@ type Driver struct {
 	opts             Options
 	facts            facts
 	mountOptions     []string
+	maxDepth         int // lower layers that a mount can have
 	format           archive.Format
 	rootUID, rootGID uint32
 	log              *logrus.Entry
@@ -45,6 +42,7 @@ type Driver struct {
 	quotaErr         error // why quota is nil
 
 	layers layerTable
+	known  knownLinks
 	trash  trash
 	sizes  sync.Map // of final layers, by link: see layerSize
 }
@@ -81,7 +79,7 @@ func newDriver(home string, opts Options) (*Driver, error) {
 	if err := checkMountOptions(opts.MountOptions); err != nil {
 		return nil, err
 	}
-	if opts.MountMethod > MountLegacy {
+	if opts.MountMethod > MountDescriptors {
 		return nil, fmt.Errorf("%w: mount method %v", ErrInvalidOption, opts.MountMethod)
 	}
 	if err := opts.IDMap.Validate(); err != nil {
@@ -164,6 +162,10 @@ func (d *Driver) openHome() (err error) {
 	if d.facts, err = probe(filepath.Join(d.home, stagingDir), d.opts); err != nil {
 		return err
 	}
+	if err := d.facts.checkMethod(d.opts.MountMethod); err != nil {
+		return err
+	}
+	d.maxDepth = d.facts.maxDepth(d.opts.MountMethod)
 	d.mountOptions = append(d.facts.mountOptions(), d.opts.MountOptions...)
 	if d.facts.userxattr {
 		d.format = archive.OverlayUser
@@ -213,7 +215,7 @@ func (d *Driver) Status() [][2]string {
 		{"userxattr", strconv.FormatBool(d.facts.userxattr)},
 		{"Project Quota", strconv.FormatBool(d.hasQuota())},
 		{"Mount Method", d.opts.MountMethod.String()},
-		{"Max Depth", strconv.Itoa(maxLegacyLowers)},
+		{"Max Depth", strconv.Itoa(d.maxDepth)},
 	}
 }
 
@@ -252,7 +254,7 @@ func (d *Driver) lowerPaths(l *layer) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	ids, err := resolve(d.home, links)
+	ids, err := d.resolve(links)
 	if err != nil {
 		return nil, err
 	}

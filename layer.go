@@ -204,28 +204,32 @@ func resolve(home string, links []string) ([]string, error) {
 	defer func() { _ = sys.Close(lfd) }()
 	ids := make([]string, len(links))
 	for i, link := range links {
-		if ids[i], err = resolveLink(homefd, lfd, link); err != nil {
+		k, err := resolveLink(homefd, lfd, link)
+		if err != nil {
 			return nil, err
 		}
+		ids[i] = k.id
 	}
 	return ids, nil
 }
 
-// resolveLink returns the ID of the layer that one link stands for, and checks that its diff is there.
-func resolveLink(homefd, lfd int, link string) (string, error) {
+// resolveLink follows one link strictly: it returns the ID of the layer that the link stands
+// for and the identity of its diff, which must be a directory there.
+func resolveLink(homefd, lfd int, link string) (k knownLink, err error) {
 	target, err := sys.Readlinkat(lfd, link)
 	if err != nil {
-		return "", corrupt("lower layer %s%s: %w", linkPrefix, link, err)
+		return k, corrupt("lower layer %s%s: %w", linkPrefix, link, err)
 	}
-	id, err := parseLinkTarget(target)
+	if k.id, err = parseLinkTarget(target); err != nil {
+		return k, fmt.Errorf("lower layer %s%s: %w", linkPrefix, link, err)
+	}
+	fd, err := sys.OpenBeneath(homefd, k.id+"/"+diffName)
 	if err != nil {
-		return "", fmt.Errorf("lower layer %s%s: %w", linkPrefix, link, err)
+		return k, corrupt("lower layer %s%s: %s: %w", linkPrefix, link, target, err)
 	}
-	fd, err := sys.OpenBeneath(homefd, id+"/"+diffName)
-	if err != nil {
-		return "", corrupt("lower layer %s%s: %s: %w", linkPrefix, link, target, err)
-	}
-	return id, sys.Close(fd)
+	k.name = sys.MakeName(link)
+	k.diff, _ = sys.IdentFd(fd) // without, the next time is no quicker
+	return k, sys.Close(fd)
 }
 
 // diffPaths returns the host paths of the diff directories of layers.

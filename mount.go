@@ -61,9 +61,6 @@ func (d *Driver) mountLayer(l *layer, mounts int, mountLabel string) (path strin
 		}
 		return l.path(diffName), false, nil
 	}
-	if err := l.checkDiff(); err != nil {
-		return "", false, err
-	}
 	links, err := l.lowers()
 	if err != nil {
 		return "", false, err
@@ -72,25 +69,75 @@ func (d *Driver) mountLayer(l *layer, mounts int, mountLabel string) (path strin
 	if err != nil {
 		return "", false, err
 	}
-	if len(links) == 0 && !committed {
-		return l.path(diffName), false, nil
-	}
-	if _, err := resolve(d.home, links); err != nil {
-		return "", false, err
-	}
-	if adopted, err = d.makeMerged(l); err != nil || adopted {
+	if len(links) == 0 {
+		if err := l.checkDiff(); err != nil {
+			return "", false, err
+		}
+		if !committed {
+			return l.path(diffName), false, nil
+		}
+		adopted, err = d.mountAtMerged(l, func() error {
+			// Overlayfs takes no single layer without an upper one.
+			return sys.BindReadOnly(l.path(diffName), l.path(mergedName))
+		})
 		return l.path(mergedName), adopted, err
 	}
-	if err := d.mountMerged(l, links, committed, mountLabel); err != nil {
-		return "", false, errors.Join(err, unix.Rmdir(l.path(mergedName)))
+	spec, err := d.mountSpec(l, links, committed)
+	if err != nil {
+		return "", false, err
 	}
-	return l.path(mergedName), false, nil
+	spec.label = mountLabel
+	adopted, err = d.mountAtMerged(l, func() error { return d.mountOverlay(l, spec) })
+	return l.path(mergedName), adopted, err
+}
+
+// mountAtMerged makes the layer's merged directory and calls mount, unless something is
+// mounted there already.
+func (d *Driver) mountAtMerged(l *layer, mount func() error) (adopted bool, err error) {
+	if adopted, err = d.makeMerged(l); err != nil || adopted {
+		return adopted, err
+	}
+	if err := mount(); err != nil {
+		return false, errors.Join(err, unix.Rmdir(l.path(mergedName)))
+	}
+	return false, nil
+}
+
+// mountSpec returns the overlay of a layer with ancestors, each of which is checked.
+func (d *Driver) mountSpec(l *layer, links []string, readOnly bool) (mountSpec, error) {
+	own, err := l.link()
+	if err != nil {
+		return mountSpec{}, err
+	}
+	ids, err := d.resolve(append([]string{own}, links...))
+	if err != nil {
+		return mountSpec{}, err
+	}
+	if ids[0] != l.id {
+		return mountSpec{}, corrupt("%s: %s is the link of layer %s", linkName, own, ids[0])
+	}
+	spec := mountSpec{home: d.home, lowers: make([]string, 0, len(ids)), ids: ids, options: d.mountOptions}
+	if readOnly {
+		spec.lowers = append(spec.lowers, linkPrefix+own)
+	} else {
+		// Through the link, so that neither the length nor the characters of the ID matter.
+		spec.upper = linkPrefix + own
+		spec.work = linkPrefix + own + "/../" + workName
+		if err := d.checkWork(l); err != nil {
+			return mountSpec{}, err
+		}
+	}
+	for _, link := range links {
+		spec.lowers = append(spec.lowers, linkPrefix+link)
+	}
+	return spec, nil
 }
 
 // makeMerged makes the mount point. If it is there and something is mounted on it,
 // a process that is no more has left it: mounted is true.
 func (d *Driver) makeMerged(l *layer) (mounted bool, err error) {
-	switch err := sys.Mkdirat(l.fd, mergedName, 0o700); {
+	// Whatever the umask makes of the mode: the mount covers it.
+	switch err := sys.MkdiratMasked(l.fd, mergedName, 0o700); {
 	case err == nil:
 		return false, d.chownRoot(l.fd, mergedName)
 	case errors.Is(err, fs.ErrExist):
@@ -111,39 +158,12 @@ func (l *layer) mounted() (bool, error) {
 	return mountinfo.Mounted(l.path(mergedName))
 }
 
-// mountMerged mounts the layer at its merged directory.
-func (d *Driver) mountMerged(l *layer, links []string, committed bool, mountLabel string) error {
-	if len(links) == 0 {
-		// Overlayfs takes no single layer without an upper one.
-		return sys.BindReadOnly(l.path(diffName), l.path(mergedName))
-	}
-	spec := mountSpec{home: d.home, lowers: make([]string, 0, len(links)+1), options: d.mountOptions, label: mountLabel}
-	own, err := l.link()
-	if err != nil {
+// mountOverlay mounts the layer at its merged directory.
+func (d *Driver) mountOverlay(l *layer, spec mountSpec) error {
+	if err := spec.mount(l.id+"/"+mergedName, d.opts.MountMethod, d.facts); err != nil {
 		return err
 	}
-	if ids, err := resolve(d.home, []string{own}); err != nil {
-		return err
-	} else if ids[0] != l.id {
-		return corrupt("%s: %s is the link of layer %s", linkName, own, ids[0])
-	}
-	if committed {
-		spec.lowers = append(spec.lowers, linkPrefix+own)
-	} else {
-		// Through the link, so that neither the length nor the characters of the ID matter.
-		spec.upper = linkPrefix + own
-		spec.work = linkPrefix + own + "/../" + workName
-		if err := d.checkWork(l); err != nil {
-			return err
-		}
-	}
-	for _, link := range links {
-		spec.lowers = append(spec.lowers, linkPrefix+link)
-	}
-	if err := spec.mount(l.id+"/"+mergedName, d.opts.MountMethod); err != nil {
-		return err
-	}
-	if committed {
+	if spec.upper == "" {
 		return nil
 	}
 	return d.chownWork(l)
@@ -218,10 +238,6 @@ func (d *Driver) put(id string) error {
 // unmountMerged detaches the mount at merged, if there is one, and removes the
 // directory, which also detaches it in other mount namespaces (3.18, commit 8ed936b5671b).
 func (d *Driver) unmountMerged(l *layer) error {
-	exists, err := l.has(mergedName)
-	if err != nil || !exists {
-		return err
-	}
 	path := l.path(mergedName)
 	if err := unmountGone(path); err != nil {
 		return err

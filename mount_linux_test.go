@@ -39,7 +39,7 @@ func TestMountSpecData(t *testing.T) {
 // TestMountTooLong: mount(2) cuts longer data silently and mounts the wrong layers.
 func TestMountTooLong(t *testing.T) {
 	s := mountSpec{home: t.TempDir(), lowers: strings.Split(strings.Repeat("l/"+linkA+":", 300), ":")}
-	err := s.mount("merged", MountAuto)
+	err := s.mount("merged", MountLegacy, facts{})
 	if !errors.Is(err, ErrMountTooLong) || !strings.Contains(err.Error(), "301 layers") {
 		t.Errorf("got %v", err)
 	}
@@ -430,30 +430,6 @@ func TestPropagation(t *testing.T) {
 	must(t, d.Cleanup())
 	if mounted, err := mountinfo.Mounted(d.home); err != nil || mounted {
 		t.Errorf("the home is still mounted on itself: %v %v", mounted, err)
-	}
-}
-
-func BenchmarkGetPut(b *testing.B) {
-	overlaytest.Require(b, "root", "overlay")
-	d, err := New(b.TempDir(), Options{})
-	must(b, err)
-	parent := ""
-	for i := range maxLegacyLowers {
-		id := sizeName(i)
-		must(b, d.Create(id, parent, nil))
-		parent = id
-	}
-	for _, depth := range []int{1, 16, 64, 127} {
-		id := fmt.Sprintf("box%d", depth)
-		must(b, d.CreateReadWrite(id, sizeName(depth-1), nil))
-		b.Run(sizeName(depth), func(b *testing.B) {
-			b.ReportAllocs()
-			for b.Loop() {
-				_, err := d.Get(id, "")
-				must(b, err)
-				must(b, d.Put(id))
-			}
-		})
 	}
 }
 

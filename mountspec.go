@@ -4,7 +4,6 @@ package overlay2
 
 import (
 	"errors"
-	"fmt"
 	"strings"
 
 	"github.com/bcc2decd/overlay2/internal/sys"
@@ -21,6 +20,9 @@ type mountSpec struct {
 	work    string
 	options []string
 	label   string
+	// ids are the layers' IDs: the lowers' and, before them, that of upper if there is one.
+	// Only ways that open the directories themselves need them.
+	ids []string
 }
 
 // data returns the option string of mount(2), each name after prefix, which is either
@@ -46,25 +48,20 @@ func (s mountSpec) data(prefix string) string {
 	return label.FormatMountLabel(b.String(), s.label)
 }
 
+// fitting returns data(prefix), and whether mount(2) takes that much.
+func (s mountSpec) fitting(prefix string) (data string, ok bool) {
+	if len(s.lowers)*(len(prefix)+1) > sys.MaxMountData() {
+		return "", false
+	}
+	data = s.data(prefix)
+	return data, len(data) <= sys.MaxMountData()
+}
+
 // mountNameEscaper puts a backslash before what separates options and layers
 // (ovl_next_opt and ovl_split_lowerdirs of fs/overlayfs; the same for upperdir).
 var mountNameEscaper = strings.NewReplacer(`\`, `\\`, `,`, `\,`, `:`, `\:`)
 
 func escapeMountName(s string) string { return mountNameEscaper.Replace(s) }
-
-// mount mounts the overlay at target, a name relative to home: with absolute names
-// where they fit into a page, otherwise with relative ones on a thread that stands in
-// home. Longer ones are ErrMountTooLong.
-func (s mountSpec) mount(target string, _ MountMethod) error {
-	if data := s.data(s.home + "/"); len(data) <= sys.MaxMountData() {
-		return sys.MountOverlay(s.home+"/"+target, data, 0)
-	}
-	data := s.data("")
-	if len(data) > sys.MaxMountData() {
-		return fmt.Errorf("%w: %d layers take %d bytes, mount(2) takes %d", ErrMountTooLong, len(s.lowers), len(data), sys.MaxMountData())
-	}
-	return sys.MountOverlayFrom(s.home, target, data, 0)
-}
 
 // unmountGone detaches the mount at path. That nothing is mounted there is no error.
 func unmountGone(path string) error {

@@ -14,10 +14,18 @@ import (
 type MountMethod uint8
 
 const (
-	// MountAuto takes the quickest way that can mount the layer at hand.
+	// MountAuto takes the quickest way that can mount the layer at hand: MountLegacy where its
+	// names fit into a page, beyond that MountNewAPI or, on a kernel without it, MountDescriptors.
 	MountAuto MountMethod = iota
-	// MountLegacy takes mount(2) only.
+	// MountLegacy takes mount(2) with names: 128 layers with pages of 4 KiB, as Docker.
 	MountLegacy
+	// MountNewAPI takes fsopen(2) and gives the kernel one layer after the other: 500 layers,
+	// names of any length, errors in the kernel's own words (Linux 6.7, commit 24e16e385f22).
+	MountNewAPI
+	// MountDescriptors takes mount(2) with the numbers of open directories: 500 layers on
+	// kernels before 6.7. It needs /proc and a descriptor for each layer, and /proc/self/mountinfo shows
+	// numbers in place of names.
+	MountDescriptors
 )
 
 // String returns the method's name, as Status shows it.
@@ -27,6 +35,10 @@ func (m MountMethod) String() string {
 		return "auto"
 	case MountLegacy:
 		return "legacy"
+	case MountNewAPI:
+		return "new API"
+	case MountDescriptors:
+		return "descriptors"
 	}
 	return fmt.Sprintf("MountMethod(%d)", uint8(m))
 }
@@ -42,7 +54,7 @@ type Options struct {
 	// MountOptions are passed to every overlay mount: "metacopy=on", "redirect_dir=on",
 	// "xino=auto", "volatile" and the like. Options that the driver sets itself are refused.
 	MountOptions []string
-	// MountMethod forces a way of mounting.
+	// MountMethod forces a way of mounting. One that the kernel doesn't have is ErrNotSupported.
 	MountMethod MountMethod
 	// OverrideKernelCheck lets New work on a kernel that is older than it asks for.
 	OverrideKernelCheck bool

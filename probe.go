@@ -64,6 +64,12 @@ type facts struct {
 	redirectDir answer
 	// metacopy: a change of metadata copies no data up (4.19, commit d5791044d2e5).
 	metacopy answer
+	// newAPI: layers are taken one by one, by name (lowerdir+ of fsconfig: 6.7, commit 24e16e385f22).
+	newAPI    answer
+	newAPIErr error // why not
+	// descriptors: mount(2) takes numbers of open directories for names.
+	descriptors    answer
+	descriptorsErr error // why not
 }
 
 // nativeDiff reports whether an upper directory tells all that changed.
@@ -145,26 +151,26 @@ func removeProbe(dir, name string) error {
 
 // probeLayers makes the layers
 //
-//	l2: d/f, file     l1: empty     upper: empty
+//	l2/diff: d/sub, file     l1/diff: empty     up/diff: empty
 //
 // mounts them in tmp, works in the mount, and reads what that left in upper.
 func (f *facts) probeLayers(tmp string, opts Options) error {
-	for _, dir := range []string{"l1", "l2/d/sub", diffName, workName, mergedName} {
+	for _, dir := range []string{"l1/diff", "l2/diff/d/sub", "up/diff", "up/work", mergedName} {
 		if err := os.MkdirAll(filepath.Join(tmp, dir), 0o755); err != nil {
 			return err
 		}
 	}
-	if err := os.WriteFile(filepath.Join(tmp, "l2/file"), []byte("x"), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(tmp, "l2/diff/file"), []byte("x"), 0o600); err != nil {
 		return err
 	}
 	if err := f.probeDType(tmp); err != nil {
 		return err
 	}
-	err := unix.Lsetxattr(filepath.Join(tmp, "l2/d"), "trusted.overlay.opaque", []byte("y"), 0)
+	err := unix.Lsetxattr(filepath.Join(tmp, "l2/diff/d"), "trusted.overlay.opaque", []byte("y"), 0)
 	switch {
 	case err == unix.EPERM:
 		f.userxattr = true
-		err = unix.Lsetxattr(filepath.Join(tmp, "l2/d"), "user.overlay.opaque", []byte("y"), 0)
+		err = unix.Lsetxattr(filepath.Join(tmp, "l2/diff/d"), "user.overlay.opaque", []byte("y"), 0)
 	case errors.Is(err, unix.EOPNOTSUPP):
 		return fmt.Errorf("%w: no extended attributes: %w", ErrIncompatibleFS, err)
 	}
@@ -173,12 +179,13 @@ func (f *facts) probeLayers(tmp string, opts Options) error {
 	}
 	spec := mountSpec{
 		home:    tmp,
-		lowers:  []string{"l1", "l2"},
-		upper:   diffName,
-		work:    workName,
+		lowers:  []string{"l1/diff", "l2/diff"},
+		upper:   "up/diff",
+		work:    "up/work",
+		ids:     []string{"up", "l1", "l2"},
 		options: append(f.mountOptions(), opts.MountOptions...),
 	}
-	if err := spec.mount(mergedName, MountLegacy); err != nil {
+	if err := spec.mount(mergedName, MountLegacy, *f); err != nil {
 		switch {
 		case errors.Is(err, unix.ENODEV):
 			return unsupported("the kernel has no overlay filesystem: %w", err)
@@ -188,7 +195,48 @@ func (f *facts) probeLayers(tmp string, opts Options) error {
 			return fmt.Errorf("%w: %w", ErrIncompatibleFS, err)
 		}
 	}
-	return f.probeMounted(tmp)
+	if err := f.probeMounted(tmp); err != nil {
+		return err
+	}
+	if err := sys.Unmount(filepath.Join(tmp, mergedName)); err != nil {
+		return err
+	}
+	f.probeNewAPI(spec)
+	if f.newAPI != yes || opts.MountMethod == MountDescriptors {
+		return f.probeDescriptors(spec)
+	}
+	return nil
+}
+
+// mountAnswer tells a kernel that cannot from a machine that has no descriptors or memory left.
+func mountAnswer(err error) answer {
+	switch {
+	case err == nil:
+		return yes
+	case sys.CannotMount(err) || errors.Is(err, fs.ErrNotExist):
+		return no
+	}
+	return unknown
+}
+
+// probeNewAPI makes a read-only mount that it does not attach.
+func (f *facts) probeNewAPI(spec mountSpec) {
+	spec.upper, spec.work, spec.ids = "", "", spec.ids[1:]
+	fd, err := spec.detached(0)
+	if err == nil {
+		err = sys.Close(fd)
+	}
+	f.newAPI, f.newAPIErr = mountAnswer(err), err
+}
+
+// probeDescriptors mounts the layers as open directories.
+func (f *facts) probeDescriptors(spec mountSpec) error {
+	f.descriptorsErr = spec.mountDescriptors(mergedName)
+	f.descriptors = mountAnswer(f.descriptorsErr)
+	if f.descriptors != yes {
+		return nil
+	}
+	return sys.Unmount(filepath.Join(spec.home, mergedName))
 }
 
 // probeDType looks for the types of the directories that lie in tmp.
@@ -216,12 +264,12 @@ func (f *facts) probeDType(tmp string) error {
 
 // probeMounted works in the mount and looks at upper.
 func (f *facts) probeMounted(tmp string) error {
-	merged, upper := filepath.Join(tmp, mergedName), filepath.Join(tmp, diffName)
+	merged, upper := filepath.Join(tmp, mergedName), filepath.Join(tmp, "up/diff")
 	prefix := "trusted.overlay."
 	if f.userxattr {
 		prefix = "user.overlay."
 	}
-	// l2/d is opaque in its own layer; its copy in upper must not become so.
+	// The directory d is opaque in its own layer; its copy in upper must not become so.
 	if err := os.WriteFile(filepath.Join(merged, "d/f"), nil, 0o600); err != nil {
 		return err
 	}

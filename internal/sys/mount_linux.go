@@ -18,15 +18,24 @@ type MountError struct {
 	Data string
 	// Err is the errno.
 	Err error
+	// Text is what the kernel says of it, if anything.
+	Text string
 }
 
-// Error returns the call, its target, the errno and the options, shortened.
+// Error returns the call, its target, the errno, the kernel's text and the options, shortened.
 func (e *MountError) Error() string {
+	s := fmt.Sprintf("%s %s: %v", e.Call, e.Target, e.Err)
+	if e.Text != "" {
+		s += ": " + e.Text
+	}
 	data := e.Data
 	if len(data) > 256 {
 		data = data[:200] + "..." + data[len(data)-50:]
 	}
-	return fmt.Sprintf("%s %s: %v (options %q)", e.Call, e.Target, e.Err, data)
+	if data != "" {
+		s += fmt.Sprintf(" (options %q)", data)
+	}
+	return s
 }
 
 // Unwrap returns the errno.

@@ -1,0 +1,67 @@
+package sys
+
+import (
+	"runtime"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Ident tells a file from every other one that is or was: an inode number is used again
+// after the file is gone, but not with the same time of birth.
+type Ident struct {
+	dev, ino   uint64
+	birth      int64
+	birthNsec  uint32
+	mountID    uint64
+	comparable bool
+}
+
+// Same reports whether two are surely of one file, seen through the same mount. Where the
+// filesystem or the kernel doesn't keep the time of birth nothing is sure.
+func (i Ident) Same(o Ident) bool { return i.comparable && i == o }
+
+// identMask is what an Ident is made of.
+const identMask = unix.STATX_TYPE | unix.STATX_INO | unix.STATX_BTIME | unix.STATX_MNT_ID
+
+// IdentDir returns the identity of the directory that name beneath dirfd, whose symlinks
+// are followed, leads to. Something else is ENOTDIR.
+func IdentDir(dirfd int, name Name) (Ident, error) {
+	var x unix.Statx_t
+	for {
+		_, _, errno := unix.Syscall6(unix.SYS_STATX, uintptr(dirfd), uintptr(unsafe.Pointer(unsafe.SliceData(name))),
+			unix.AT_NO_AUTOMOUNT|unix.AT_STATX_DONT_SYNC, identMask, uintptr(unsafe.Pointer(&x)), 0)
+		runtime.KeepAlive(name)
+		switch errno {
+		case 0:
+		case unix.EINTR:
+			continue
+		default:
+			return Ident{}, errno
+		}
+		break
+	}
+	return identOf(&x)
+}
+
+// IdentFd is IdentDir of an open directory, O_PATH too.
+func IdentFd(fd int) (Ident, error) {
+	var x unix.Statx_t
+	if err := retry(func() error {
+		return unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, identMask, &x)
+	}); err != nil {
+		return Ident{}, err
+	}
+	return identOf(&x)
+}
+
+func identOf(x *unix.Statx_t) (Ident, error) {
+	if x.Mode&unix.S_IFMT != unix.S_IFDIR {
+		return Ident{}, unix.ENOTDIR
+	}
+	return Ident{
+		dev: unix.Mkdev(x.Dev_major, x.Dev_minor), ino: x.Ino, mountID: x.Mnt_id,
+		birth: x.Btime.Sec, birthNsec: x.Btime.Nsec,
+		comparable: x.Mask&unix.STATX_BTIME != 0 && x.Mask&unix.STATX_INO != 0,
+	}, nil
+}

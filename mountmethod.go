@@ -1,0 +1,182 @@
+//go:build linux
+
+package overlay2
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/bcc2decd/overlay2/internal/linkid"
+	"github.com/bcc2decd/overlay2/internal/sys"
+)
+
+const (
+	// linkRoom is what a layer takes of the page of mount(2): "l/", its link, a colon. Left for
+	// everything else are pageRoom bytes, so that a page of 4 KiB holds as many layers as Docker allows.
+	linkRoom = len(linkPrefix) + linkid.Length + 1
+	pageRoom = 4096 - 128*linkRoom
+	// threadLowers is the number of layers from which a thread of its own, for names relative
+	// to the home, costs less than telling the new API each name (measured; the two meet at about 80).
+	threadLowers = 80
+)
+
+// legacyLowers is how many lower layers surely fit into a page as relative links; 128 with
+// pages of 4 KiB.
+func legacyLowers(pageSize int) int { return min((pageSize-pageRoom)/linkRoom, maxLowers) }
+
+// maxDepth returns how many layers a layer can have below it with a way of mounting. It is
+// what Docker can mount, too, only with MountLegacy.
+func (f facts) maxDepth(method MountMethod) int {
+	if method == MountLegacy || method == MountAuto && f.newAPI != yes && f.descriptors != yes {
+		return legacyLowers(os.Getpagesize())
+	}
+	return maxLowers
+}
+
+// checkMethod returns ErrNotSupported if the kernel lacks the way that was asked for.
+func (f facts) checkMethod(method MountMethod) error {
+	switch {
+	case method == MountNewAPI && f.newAPI != yes:
+		return unsupported("the kernel does not mount an overlay layer by layer: %w", f.newAPIErr)
+	case method == MountDescriptors && f.descriptors != yes:
+		return unsupported("the kernel does not mount an overlay of open directories: %w", f.descriptorsErr)
+	}
+	return nil
+}
+
+// mount mounts the overlay at target, a name relative to home.
+func (s mountSpec) mount(target string, method MountMethod, f facts) error {
+	if len(s.lowers) > maxLowers {
+		return fmt.Errorf("%w: a mount of %d layers, at most %d", ErrTooDeep, len(s.lowers), maxLowers)
+	}
+	switch method {
+	case MountNewAPI:
+		return s.mountNew(target)
+	case MountDescriptors:
+		return s.mountDescriptors(target)
+	}
+	if data, ok := s.fitting(s.home + "/"); ok {
+		return sys.MountOverlay(s.home+"/"+target, data, 0)
+	}
+	newAPI := method == MountAuto && f.newAPI == yes
+	if newAPI && len(s.lowers) < threadLowers {
+		return s.mountNew(target)
+	}
+	data := s.data("")
+	switch {
+	case len(data) <= sys.MaxMountData():
+		return sys.MountOverlayFrom(s.home, target, data, 0)
+	case newAPI:
+		return s.mountNew(target)
+	case method == MountAuto && f.descriptors == yes:
+		return s.mountDescriptors(target)
+	}
+	// The kernel would cut the data silently and mount some of the layers.
+	return fmt.Errorf("%w: %d layers take %d bytes, mount(2) takes %d", ErrMountTooLong, len(s.lowers), len(data), sys.MaxMountData())
+}
+
+// mountNew mounts the overlay at target by the new mount API.
+func (s mountSpec) mountNew(target string) (err error) {
+	fd, err := s.detached(0)
+	if err != nil {
+		return err
+	}
+	err = sys.MoveMount(fd, s.home+"/"+target)
+	return errors.Join(err, sys.Close(fd))
+}
+
+// detached returns a descriptor of the overlay's mount, which is in no mount table. attrs
+// are MOUNT_ATTR_*.
+func (s mountSpec) detached(attrs int) (fd int, err error) {
+	c, err := sys.OpenFS("overlay")
+	if err != nil {
+		return -1, err
+	}
+	defer func() { err = errors.Join(err, c.Close()) }()
+	prefix := s.home + "/"
+	// lowerdir+ takes a name as it is, but upperdir wants backslashes doubled; and no name
+	// may be longer than a string of fsconfig(2). An open home has a name that is short and plain.
+	if strings.Contains(prefix, `\`) || len(prefix)+s.longestName() > sys.MaxFsconfigString {
+		homefd, err := sys.OpenRoot(s.home)
+		if err != nil {
+			return -1, err
+		}
+		defer func() { err = errors.Join(err, sys.Close(homefd)) }()
+		prefix = sys.ProcPath(homefd) + "/"
+	}
+	c.Set("source", "overlay")
+	for _, lower := range s.lowers {
+		c.Set("lowerdir+", prefix+lower)
+	}
+	if s.upper != "" {
+		c.Set("upperdir", prefix+s.upper)
+		c.Set("workdir", prefix+s.work)
+	}
+	for _, o := range s.options {
+		if key, value, ok := strings.Cut(o, "="); ok {
+			c.Set(key, value)
+		} else {
+			c.Flag(key)
+		}
+	}
+	if s.label != "" {
+		c.Set("context", s.label)
+	}
+	return c.Mount(attrs)
+}
+
+// longestName returns the length of the longest of the overlay's names.
+func (s mountSpec) longestName() int {
+	n := max(len(s.upper), len(s.work))
+	for _, lower := range s.lowers {
+		n = max(n, len(lower))
+	}
+	return n
+}
+
+// mountDescriptors mounts the overlay at target by mount(2), with the numbers of open
+// directories as names. The directories are opened strictly: what was checked is what is mounted.
+func (s mountSpec) mountDescriptors(target string) (err error) {
+	homefd, err := sys.OpenRoot(s.home)
+	if err != nil {
+		return err
+	}
+	fds := []int{homefd}
+	defer func() {
+		for _, fd := range fds {
+			err = errors.Join(err, sys.Close(fd))
+		}
+	}()
+	open := func(name string) (string, error) {
+		fd, err := sys.OpenBeneath(homefd, name)
+		if err != nil {
+			return "", fmt.Errorf("open %s: %w", name, err)
+		}
+		fds = append(fds, fd)
+		return strconv.Itoa(fd), nil
+	}
+	numbers, ids := s, s.ids
+	if s.upper != "" {
+		if numbers.upper, err = open(ids[0] + "/" + diffName); err != nil {
+			return err
+		}
+		if numbers.work, err = open(ids[0] + "/" + workName); err != nil {
+			return err
+		}
+		ids = ids[1:]
+	}
+	numbers.lowers = make([]string, len(ids))
+	for i, id := range ids {
+		if numbers.lowers[i], err = open(id + "/" + diffName); err != nil {
+			return err
+		}
+	}
+	data := numbers.data("")
+	if len(data) > sys.MaxMountData() {
+		return fmt.Errorf("%w: numbers of %d layers take %d bytes", ErrMountTooLong, len(ids), len(data))
+	}
+	return sys.MountOverlayAtFDs(s.home+"/"+target, data, 0)
+}

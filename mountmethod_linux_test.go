@@ -1,0 +1,305 @@
+package overlay2
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
+	"github.com/bcc2decd/overlay2/internal/sys"
+	"golang.org/x/sys/unix"
+)
+
+// methods are all ways of mounting that this kernel has.
+func methods(t *testing.T) []MountMethod {
+	t.Helper()
+	d := openTestDriver(t, t.TempDir(), Options{MountMethod: MountDescriptors})
+	all := []MountMethod{MountAuto, MountLegacy, MountDescriptors}
+	if d.facts.newAPI == yes {
+		all = append(all, MountNewAPI)
+	}
+	return all
+}
+
+func TestLegacyLowers(t *testing.T) {
+	for pageSize, want := range map[int]int{4 << 10: 128, 16 << 10: 500, 64 << 10: 500} {
+		if got := legacyLowers(pageSize); got != want {
+			t.Errorf("pages of %d bytes hold %d layers, want %d", pageSize, got, want)
+		}
+	}
+	if linkRoom != len("l/"+linkA+":") {
+		t.Errorf("a layer takes %d bytes", linkRoom)
+	}
+}
+
+// deepChain makes a chain of n layers, each with a file of its own and one that all have.
+func deepChain(t testing.TB, d *Driver, n int) (last string) {
+	t.Helper()
+	for i := range n {
+		id := fmt.Sprintf("layer%d", i)
+		must(t, d.Create(id, last, nil))
+		must(t, os.WriteFile(fmt.Sprintf("%s/%s/diff/f%d", d.home, id, i), []byte(id), 0o600))
+		must(t, os.WriteFile(fmt.Sprintf("%s/%s/diff/same", d.home, id), []byte(id), 0o600))
+		last = id
+	}
+	return last
+}
+
+// wantChain fails the test unless path shows each of the n layers of deepChain.
+func wantChain(t testing.TB, path string, n int) {
+	t.Helper()
+	for i := range n {
+		id := fmt.Sprintf("layer%d", i)
+		if data, err := os.ReadFile(filepath.Join(path, fmt.Sprintf("f%d", i))); err != nil || string(data) != id {
+			t.Fatalf("layer %d: %q %v", i, data, err)
+		}
+	}
+	if data, err := os.ReadFile(filepath.Join(path, "same")); err != nil || string(data) != fmt.Sprintf("layer%d", n-1) {
+		t.Errorf("the nearest layer is not on top: %q %v", data, err)
+	}
+}
+
+// TestDeepChain: as many layers as the way of mounting takes, in a home with a path longer
+// than fsconfig(2) takes; one more is refused by Create.
+func TestDeepChain(t *testing.T) {
+	overlaytest.Require(t, "root", "overlay")
+	for _, method := range methods(t) {
+		t.Run(method.String(), func(t *testing.T) {
+			home := t.TempDir()
+			for len(home) < 300 {
+				home = filepath.Join(home, strings.Repeat("h", min(100, max(1, 299-len(home)))))
+			}
+			d := newTestDriver(t, home, Options{MountMethod: method})
+			depth := maxLowers
+			if method == MountLegacy {
+				depth = legacyLowers(os.Getpagesize())
+			}
+			parent := deepChain(t, d, depth)
+			long := strings.Repeat("top", 85) // 255 bytes
+			must(t, d.CreateReadWrite(long, parent, nil))
+			path, put := get(t, d, long)
+			wantChain(t, path, depth)
+			must(t, os.WriteFile(path+"/new", nil, 0o600))
+			put()
+			if _, err := os.Stat(filepath.Join(home, long, "diff", "new")); err != nil {
+				t.Error(err)
+			}
+			wantErr(t, d.Create("too-deep", long, nil), ErrTooDeep)
+			// Committed, a chain is a read-only mount of one layer more.
+			path, put = get(t, d, parent)
+			wantChain(t, path, depth)
+			if err := os.WriteFile(path+"/new", nil, 0o600); !errors.Is(err, unix.EROFS) {
+				t.Errorf("a committed layer can be written: %v", err)
+			}
+			put()
+			if got := statusOf(d, "Max Depth"); got != fmt.Sprint(depth) {
+				t.Errorf("Status says %s, mounted %d", got, depth)
+			}
+			if got := statusOf(d, "Mount Method"); got != method.String() {
+				t.Errorf("Status says %s", got)
+			}
+		})
+	}
+}
+
+// statusOf returns one line of Status.
+func statusOf(d *Driver, key string) string {
+	for _, s := range d.Status() {
+		if s[0] == key {
+			return s[1]
+		}
+	}
+	return ""
+}
+
+// TestMethodHomeNames: no way of mounting minds what a home's path holds.
+func TestMethodHomeNames(t *testing.T) {
+	overlaytest.Require(t, "root", "overlay")
+	for _, method := range methods(t) {
+		for _, name := range []string{"a,b", "a:b", `a\b`, `\\`, "a b", "a\nb", "a\tb\"c", `a,b:c\d,upperdir=/x`, "\xff\xfe", strings.Repeat("x", 255)} {
+			t.Run(method.String(), func(t *testing.T) {
+				d := newTestDriver(t, filepath.Join(t.TempDir(), name), Options{MountMethod: method})
+				parent := deepChain(t, d, 3)
+				must(t, d.CreateReadWrite("a,b:c\\d e", parent, nil))
+				path, put := get(t, d, "a,b:c\\d e")
+				wantChain(t, path, 3)
+				must(t, os.WriteFile(path+"/new", nil, 0o600))
+				put()
+				if _, err := os.Stat(d.home + "/a,b:c\\d e/diff/new"); err != nil {
+					t.Errorf("written elsewhere: %v", err)
+				}
+				path, put = get(t, d, parent)
+				wantChain(t, path, 3)
+				put()
+			})
+		}
+	}
+}
+
+// TestForcedMethods: whichever way mounts, the tree is the same, and so is what an unmount leaves.
+func TestForcedMethods(t *testing.T) {
+	overlaytest.Require(t, "root", "overlay")
+	want := ""
+	for _, method := range methods(t) {
+		t.Run(method.String(), func(t *testing.T) {
+			d := newTestDriver(t, t.TempDir(), Options{MountMethod: method, MountOptions: []string{"xino=off", "metacopy=on"}})
+			parent := deepChain(t, d, 20)
+			must(t, d.CreateReadWrite("box", parent, nil))
+			fill(t, d, "box", "dir d\nfile d/g \"new\"")
+			path, put := get(t, d, "box")
+			must(t, errors.Join(os.WriteFile(path+"/f3", []byte("changed"), 0o600), os.Remove(path+"/f4"), os.Chmod(path+"/f5", 0o640)))
+			put()
+			got := firstWords(tree(t, d, "box"), 4)
+			if want == "" {
+				want = got
+			}
+			overlaytest.Compare(t, want, got)
+		})
+	}
+}
+
+// TestMethodMissing: a way that the kernel lacks is refused by New, not by the first Get.
+func TestMethodMissing(t *testing.T) {
+	f := facts{newAPI: no, newAPIErr: unix.ENOSYS, descriptors: unknown, descriptorsErr: unix.EMFILE}
+	for method, want := range map[MountMethod]error{MountNewAPI: unix.ENOSYS, MountDescriptors: unix.EMFILE} {
+		if err := f.checkMethod(method); !errors.Is(err, ErrNotSupported) || !errors.Is(err, want) {
+			t.Errorf("%v: %v", method, err)
+		}
+	}
+	if got := f.maxDepth(MountAuto); got != legacyLowers(os.Getpagesize()) {
+		t.Errorf("%d layers without any new way", got)
+	}
+	for _, f := range []facts{{newAPI: yes}, {descriptors: yes}} {
+		if got := f.maxDepth(MountAuto); got != maxLowers {
+			t.Errorf("%+v: %d layers", f, got)
+		}
+	}
+}
+
+// TestAutoWithout: where the new API is missing deep chains go by descriptors, where that
+// is missing too by relative names, and beyond that there is an error, never a wrong mount.
+func TestAutoWithout(t *testing.T) {
+	d := newTestDriver(t, t.TempDir(), Options{MountMethod: MountDescriptors})
+	d.opts.MountMethod = MountAuto
+	depth := legacyLowers(os.Getpagesize()) + 22
+	if depth > maxLowers {
+		depth = maxLowers
+	}
+	parent := deepChain(t, d, depth)
+	must(t, d.CreateReadWrite("box", parent, nil))
+	d.facts.newAPI = no
+	path, put := get(t, d, "box")
+	wantChain(t, path, depth)
+	put()
+	d.facts.descriptors = no
+	if depth < maxLowers {
+		_, err := d.Get("box", "")
+		wantErr(t, err, ErrMountTooLong)
+	}
+	near := fmt.Sprintf("layer%d", legacyLowers(os.Getpagesize())-1)
+	path, put = get(t, d, near)
+	wantChain(t, path, legacyLowers(os.Getpagesize()))
+	put()
+}
+
+// TestKernelText: an error of the new API is in the kernel's own words.
+func TestKernelText(t *testing.T) {
+	d := newTestDriver(t, t.TempDir(), Options{})
+	if d.facts.newAPI != yes {
+		t.Log("the kernel doesn't have it; see TestMethodMissing")
+		return
+	}
+	c, err := sys.OpenFS("overlay")
+	must(t, err)
+	defer func() { must(t, c.Close()) }()
+	c.Set("nonsense", "1")
+	c.Set("lowerdir+", d.home) // after the first error nothing is done
+	_, err = c.Mount(0)
+	var me *sys.MountError
+	if !errors.As(err, &me) || me.Target != "nonsense" || !errors.Is(err, unix.EINVAL) || !strings.Contains(err.Error(), "nonsense") || me.Text == "" {
+		t.Errorf("got %v", err)
+	}
+	// More layers than the kernel takes.
+	for range maxLowers + 1 {
+		c.Set("lowerdir+", d.home)
+	}
+	if _, err = c.Mount(0); !errors.As(err, &me) || me.Text == "" {
+		t.Errorf("got %v", err)
+	}
+	t.Log(err)
+}
+
+// TestKnownLinks: what Get remembers of links never hides that one was tampered with since.
+func TestKnownLinks(t *testing.T) {
+	for name, tamper := range map[string]func(t *testing.T, home string){
+		"to etc":       func(t *testing.T, home string) { replaceLink(t, home, "base", "/etc") },
+		"to another":   func(t *testing.T, home string) { replaceLink(t, home, "base", "../other/diff2") },
+		"missing":      func(t *testing.T, home string) { must(t, os.Remove(linkPath(t, home, "base"))) },
+		"diff moved":   func(t *testing.T, home string) { must(t, os.Rename(home+"/base/diff", home+"/base/old")) },
+		"diff file":    func(t *testing.T, home string) { swapDir(t, home+"/base/diff", fileAt) },
+		"diff symlink": func(t *testing.T, home string) { swapDir(t, home+"/base/diff", symlink("/etc")) },
+		"parent gone":  func(t *testing.T, home string) { must(t, os.Rename(home+"/base", home+"/gone")) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			overlaytest.Require(t, "root", "overlay")
+			overlaytest.NoLeaks(t)
+			d, err := New(t.TempDir(), Options{})
+			must(t, err)
+			must(t, d.Create("base", "", nil))
+			must(t, d.Create("other", "", nil))
+			must(t, os.Mkdir(d.home+"/other/diff2", 0o755))
+			must(t, d.CreateReadWrite("box", "base", nil))
+			for range 2 {
+				_, put := get(t, d, "box")
+				put()
+			}
+			if len(d.known.m) != 2 {
+				t.Fatalf("%d links are known", len(d.known.m))
+			}
+			tamper(t, d.home)
+			_, err = d.Get("box", "")
+			wantErr(t, err, ErrCorrupt)
+			if len(d.known.m) != 1 {
+				t.Errorf("%d links are known after that", len(d.known.m))
+			}
+		})
+	}
+}
+
+func fileAt(path string) error { return os.WriteFile(path, nil, 0o600) }
+
+// TestKnownLinksReplaced: a directory replaced by an honest one is seen at once.
+func TestKnownLinksReplaced(t *testing.T) {
+	d := newTestDriver(t, t.TempDir(), Options{})
+	must(t, d.Create("base", "", nil))
+	must(t, d.CreateReadWrite("box", "base", nil))
+	_, put := get(t, d, "box")
+	put()
+	swapDir(t, d.home+"/base/diff", directory)
+	must(t, os.WriteFile(d.home+"/base/diff/new", nil, 0o600))
+	path, put := get(t, d, "box")
+	if _, err := os.Stat(path + "/new"); err != nil {
+		t.Error(err)
+	}
+	put()
+	must(t, d.Remove("box"))
+	must(t, d.Remove("base"))
+	must(t, d.Create("base", "", nil))
+	must(t, d.CreateReadWrite("box", "base", nil))
+	_, put = get(t, d, "box")
+	put()
+}
+
+// TestKnownLinksBounded: the memory for links doesn't grow without end.
+func TestKnownLinksBounded(t *testing.T) {
+	var k knownLinks
+	for i := range 3 * maxKnownLinks {
+		k.add(fmt.Sprint(i), knownLink{id: "x"})
+	}
+	if len(k.m) == 0 || len(k.m) > maxKnownLinks {
+		t.Errorf("%d links", len(k.m))
+	}
+}
