@@ -35,7 +35,7 @@ type dirNode struct {
 	// mtime is what the directory must have in the end, if it is dirty.
 	mtime unix.Timespec
 	dirty bool
-	// mode is set on leaving, if lateMode: until then the owner needs all access.
+	// mode is set on leaving, if lateMode: until then an owner who is not root needs all access.
 	mode     uint32
 	lateMode bool
 	// view is what lower layers have here, nil if nothing merges. See builder.view.
@@ -280,6 +280,12 @@ func (b *builder) push(fd int, name string, made bool) error {
 	b.stack = append(b.stack, n)
 	if !made {
 		n.acl = hasDefaultACL(fd)
+		if b.euid != 0 && st.Uid == b.euid && n.mode&0o700 != 0o700 {
+			if err := sys.Fchmod(fd, n.mode|0o700); err != nil {
+				return inDir(name, err)
+			}
+			n.lateMode = true
+		}
 	}
 	return b.limitOpen()
 }
