@@ -105,6 +105,9 @@ type Stats struct {
 	SkippedDevices int64
 	// SkippedSockets counts sockets, which no tar format can hold.
 	SkippedSockets int64
+	// SkippedXattrs counts extended attributes that Pack left out because they belong to the
+	// machine (security.selinux and others but security.capability) or because of PackOptions.Xattrs.
+	SkippedXattrs int64
 }
 
 // UnpackOptions says how Unpack is to read a tar. The zero value is good for a
@@ -141,6 +144,8 @@ type PackOptions struct {
 	// Changes, with Merged, restricts the archive to these changes, in the form that
 	// Compare returns them; deletions become whiteouts. Nil packs the whole tree.
 	Changes []Change
+	// Xattrs says which extended attributes the archive has.
+	Xattrs Xattrs
 	// Clamp, if not zero, is the latest time an entry may have; later ones are set to
 	// it (SOURCE_DATE_EPOCH).
 	Clamp time.Time

@@ -25,8 +25,8 @@ import (
 //
 // Marks of the overlay formats become ".wh.NAME" (mode 0, owner 0:0, time 0) and
 // ".wh..wh..opq". With Lowers known, those are left out where no lower directory merges, and
-// so nothing is to be hidden. Xattrs are user.*, trusted.*, POSIX ACLs and
-// security.capability; overlayfs's own and other security.* ones belong to the machine.
+// so nothing is to be hidden. Xattrs are those of PackOptions.Xattrs, with ACLs also as SCHILY.acl;
+// others but overlayfs's own are counted.
 // Sockets are left out and counted.
 //
 // A renamed directory (redirect_dir) is packed with all that it shows: a file in it that was a
@@ -39,6 +39,7 @@ import (
 func Pack(ctx context.Context, dir string, opts PackOptions) (Reader, error) {
 	p := &packer{ctx: ctx, opts: opts, links: make(map[inode]link)}
 	p.body.fd = -1
+	p.attrs.choice = opts.Xattrs
 	if err := p.open(dir); err != nil {
 		p.release()
 		return nil, &EntryError{Op: "pack", Name: "./", Err: err}

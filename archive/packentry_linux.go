@@ -48,7 +48,7 @@ func (p *packer) rootUnchanged(st *sys.Stat) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	xattrs, err := low.content(nil, names, p.attrs)
+	xattrs, _, err := low.content(nil, names, p.attrs)
 	if err == nil {
 		err = packXattrs(xattrs, p.opts.IDMap)
 	}
@@ -66,9 +66,11 @@ func (p *packer) readXattrs(from xattrSource) (names []byte, err error) {
 	if err != nil || len(names) == 0 {
 		return nil, err
 	}
-	if p.xattrs, err = from.content(p.xattrs, names, p.attrs); err != nil {
+	var lost int64
+	if p.xattrs, lost, err = from.content(p.xattrs, names, p.attrs); err != nil {
 		return nil, err
 	}
+	p.stats.SkippedXattrs += lost
 	return names, packXattrs(p.xattrs, p.opts.IDMap)
 }
 

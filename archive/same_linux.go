@@ -78,11 +78,11 @@ func (c *comparer) sameXattrs(a, b *fileAt) (bool, error) {
 	if len(namesA)+len(namesB) == 0 {
 		return true, nil
 	}
-	x, err := from.content(nil, namesA, a.attrs)
+	x, _, err := from.content(nil, namesA, a.attrs)
 	if err != nil {
 		return false, err
 	}
-	y, err := to.content(nil, namesB, b.attrs)
+	y, _, err := to.content(nil, namesB, b.attrs)
 	return slices.Equal(x, y), err
 }
 

@@ -26,32 +26,44 @@ type xattrNames struct {
 	// raw: the tree is a mounted overlay, whose own xattrs the kernel hides: a name that
 	// looks like one of these is content.
 	raw bool
+	// choice restricts what is content further.
+	choice Xattrs
 }
 
-// content returns the name by which a tar has the xattr, and false for one that it doesn't have:
-// overlayfs's own, and what belongs to this machine, such as security.selinux.
-func (n xattrNames) content(attr string) (string, bool) {
+// content returns the name by which a tar has the xattr, "" for one that it doesn't have: skipped
+// says that this is a loss, as it is none of overlayfs's own.
+func (n xattrNames) content(attr string) (name string, skipped bool) {
 	switch {
-	case strings.HasPrefix(attr, trustedOverlay), strings.HasPrefix(attr, userOverlay):
-		if n.raw {
-			return attr, true
-		}
-		prefix := trustedOverlay
-		if attr[0] == 'u' {
-			prefix = userOverlay
-		}
-		inner, ok := strings.CutPrefix(attr[len(prefix):], escaped)
-		return prefix + inner, ok
+	case !n.raw && isPrivate(attr):
+		return "", false
+	case !n.raw && isEscaped(attr):
+		attr = unescapeXattr(attr)
 	case machineXattr(attr):
-		return "", false // xfs shows its ACLs under a second name
-	case strings.HasPrefix(attr, "user."), strings.HasPrefix(attr, "trusted."):
-		return attr, true
+		// What xfs shows of ACLs a second time is no loss.
+		return "", attr == xattrSELinux
 	}
-	switch attr {
-	case xattrCapability, xattrACL, xattrDefaultACL:
-		return attr, true
+	switch {
+	case strings.HasPrefix(attr, "user."), attr == xattrCapability:
+		return attr, false
+	case strings.HasPrefix(attr, "trusted."), attr == xattrACL, attr == xattrDefaultACL:
+		if n.choice == AllXattrs {
+			return attr, false
+		}
 	}
-	return "", false
+	return "", true
+}
+
+// isEscaped says that overlayfs stores an xattr by this name that its users see by another.
+func isEscaped(attr string) bool { return unescapeXattr(attr) != attr }
+
+// unescapeXattr is the way back from escapeXattr.
+func unescapeXattr(attr string) string {
+	for _, prefix := range []string{trustedOverlay, userOverlay} {
+		if rest, ok := strings.CutPrefix(attr, prefix+escaped); ok {
+			return prefix + rest
+		}
+	}
+	return attr
 }
 
 // xattrSource reads the xattrs of one file: an open one, or one by its name beneath an
@@ -91,7 +103,8 @@ func (s xattrSource) get(attr string) ([]byte, error) {
 }
 
 // content reads the xattrs among names that belong to the content, sorted by name, appended to dst.
-func (s xattrSource) content(dst []tarXattr, names []byte, which xattrNames) ([]tarXattr, error) {
+// The others that are a loss are counted.
+func (s xattrSource) content(dst []tarXattr, names []byte, which xattrNames) (_ []tarXattr, lost int64, err error) {
 	for len(names) > 0 {
 		attr := names
 		if end := bytes.IndexByte(names, 0); end >= 0 {
@@ -99,8 +112,11 @@ func (s xattrSource) content(dst []tarXattr, names []byte, which xattrNames) ([]
 		} else {
 			names = nil
 		}
-		name, ok := which.content(string(attr))
-		if !ok {
+		name, skipped := which.content(string(attr))
+		if skipped {
+			lost++
+		}
+		if name == "" {
 			continue
 		}
 		value, err := s.get(string(attr))
@@ -108,12 +124,12 @@ func (s xattrSource) content(dst []tarXattr, names []byte, which xattrNames) ([]
 			continue // removed since it was listed
 		}
 		if err != nil {
-			return dst, fmt.Errorf("%s: %w", attr, err)
+			return dst, lost, fmt.Errorf("%s: %w", attr, err)
 		}
 		dst = append(dst, tarXattr{name, string(value)})
 	}
 	slices.SortFunc(dst, func(a, b tarXattr) int { return strings.Compare(a.name, b.name) })
-	return dst, nil
+	return dst, lost, nil
 }
 
 // packXattrs translates the owners that values hold.

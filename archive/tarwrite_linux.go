@@ -2,6 +2,7 @@ package archive
 
 import (
 	"bytes"
+	"encoding/binary"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -73,6 +74,12 @@ func (w *headerWriter) append(dst []byte, h *packHeader) []byte {
 	size := w.number("size", h.size, maxOctal11)
 	mtime := w.time(h.mtime, h.mtimeNsec)
 	for _, x := range h.xattrs {
+		switch x.name {
+		case xattrACL:
+			w.acl("SCHILY.acl.access", x.value)
+		case xattrDefaultACL:
+			w.acl("SCHILY.acl.default", x.value)
+		}
 		w.record(schilyXattr+escapeKey(x.name), []byte(x.value))
 	}
 	if len(w.pax) > 0 {
@@ -178,6 +185,49 @@ func (w *headerWriter) sparse(h *packHeader) {
 	w.record("GNU.sparse.name", h.name)
 	w.record("GNU.sparse.realsize", strconv.AppendInt(nil, h.realSize, 10))
 }
+
+// acl writes a POSIX ACL as text, beside the xattr that holds it as Linux has it: this is what
+// bsdtar reads, and GNU tar with --acls.
+func (w *headerWriter) acl(key, value string) {
+	text := make([]byte, 0, 128)
+	for e := []byte(value)[min(aclHeader, len(value)):]; len(e) >= aclEntry; e = e[aclEntry:] {
+		tag, perm, id := binary.LittleEndian.Uint16(e), binary.LittleEndian.Uint16(e[2:]), binary.LittleEndian.Uint32(e[4:])
+		if len(text) > 0 {
+			text = append(text, ',')
+		}
+		switch tag {
+		case aclUserObj, aclUser:
+			text = append(text, "user:"...)
+		case aclGroupObj, aclGroup:
+			text = append(text, "group:"...)
+		case aclMask:
+			text = append(text, "mask:"...)
+		case aclOther:
+			text = append(text, "other:"...)
+		default:
+			return // a kind that this form doesn't have
+		}
+		if tag == aclUser || tag == aclGroup {
+			text = strconv.AppendUint(text, uint64(id), 10)
+		}
+		text = append(text, ':')
+		for i, c := range []byte("rwx") {
+			if perm&(4>>i) == 0 {
+				c = '-'
+			}
+			text = append(text, c)
+		}
+	}
+	w.record(key, text)
+}
+
+// Tags of ACL entries beside aclUser and aclGroup (include/uapi/linux/posix_acl.h).
+const (
+	aclUserObj  = 0x01
+	aclGroupObj = 0x04
+	aclMask     = 0x10
+	aclOther    = 0x20
+)
 
 // sparseName is the name by which a reader that doesn't know sparse files unpacks one.
 func sparseName(name []byte) []byte {
