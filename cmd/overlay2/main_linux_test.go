@@ -75,6 +75,7 @@ func newTool(t testing.TB) *tool {
 	t.Helper()
 	require(t, "root")
 	dir := t.TempDir()
+	inMemory(t, dir)
 	t.Cleanup(func() {
 		points, err := mountPoints()
 		must(t, err)
@@ -86,6 +87,23 @@ func newTool(t testing.TB) *tool {
 		}
 	})
 	return &tool{t: t, root: filepath.Join(dir, "root")}
+}
+
+// inMemory mounts a tmpfs on dir, if this kernel's tmpfs can hold what the images have:
+// disks that many tests flush take minutes.
+func inMemory(t testing.TB, dir string) {
+	t.Helper()
+	must(t, unix.Mount("overlay2-test", dir, "tmpfs", 0, ""))
+	file := filepath.Join(dir, "probe")
+	must(t, os.WriteFile(file, nil, 0o600))
+	err := unix.Setxattr(file, "user.probe", []byte("x"), 0) // since Linux 6.6
+	must(t, os.Remove(file))
+	unmount := func() { must(t, unix.Unmount(dir, 0)) }
+	if err != nil {
+		unmount()
+		return
+	}
+	t.Cleanup(unmount)
 }
 
 // try runs a command and returns its exit code and what it said.

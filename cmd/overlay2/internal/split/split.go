@@ -23,11 +23,11 @@ type Recorder struct {
 	path string
 	tmp  *os.File
 	feed *io.PipeWriter
-	done chan struct{} // closed when the parser is done; then failed is set
-	// failed is the parser's error: the layer has no split then.
-	failed error
-	off    bool // the parser wants no more
-	end    error
+	done chan struct{} // closed when the parser is done; then whole is set
+	// whole says that the parser has read the whole tar. Else the layer has no split.
+	whole bool
+	off   bool // the parser wants no more
+	end   error
 }
 
 // Record returns a reader of r that writes the split of what is read. A tar that tar-split
@@ -44,7 +44,7 @@ func Record(r io.Reader, path string) *Recorder {
 	rec.feed = pw
 	go func() {
 		defer close(rec.done)
-		rec.failed = parse(pr, tmp)
+		rec.whole = parse(pr, tmp) == nil
 		// The feeder must not wait for a parser that has given up.
 		pr.CloseWithError(errParser)
 	}()
@@ -96,7 +96,7 @@ func (r *Recorder) Keep() error {
 		return err
 	}
 	<-r.done
-	if r.failed != nil {
+	if !r.whole {
 		return nil
 	}
 	if err := r.tmp.Sync(); err != nil {
