@@ -13,6 +13,8 @@ IMAGE ?=
 # TESTFLAGS are added to every go test, as in make test TESTFLAGS='-run Create -v'.
 TESTFLAGS ?=
 FUZZTIME ?= 20s
+# BENCHFLAGS are those of benchmarks/; make bench-quick BENCHFLAGS=-help lists them.
+BENCHFLAGS ?=
 # VMFLAGS are those of internal/vmtest; docs/testing-vm.md has them.
 VMFLAGS ?=
 
@@ -65,6 +67,14 @@ test-vm: ## test in guests with Linux 6.1 and 6.12: project quotas on xfs and ex
 .PHONY: test-vm-all
 test-vm-all: ## the same in all guests: SELinux on, pages of 64 KiB too
 	$(GO) run ./internal/vmtest -all $(VMFLAGS)
+
+.PHONY: bench-quick
+bench-quick: ## this library beside its peers and the limits on a small layer: a few minutes
+	cd benchmarks && $(GO) run . -quick $(BENCHFLAGS)
+
+.PHONY: bench-report
+bench-report: ## the whole comparison, written to docs/performance.md and .svg: an hour or two
+	cd benchmarks && $(GO) run . -report ../docs $(BENCHFLAGS)
 
 .PHONY: demo
 demo: ## the whole life of an image, shown and verified; IMAGE=path takes your own

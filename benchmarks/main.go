@@ -119,7 +119,7 @@ func command(ctx context.Context, args []string) error {
 	if o.report != "" {
 		err = errors.Join(err, rep.write(o.report))
 	}
-	return err
+	return errors.Join(err, rep.ownFaults())
 }
 
 func measureAll(ctx context.Context, o *options) (rep *report, err error) {

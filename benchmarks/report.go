@@ -248,6 +248,18 @@ func (r *report) failures() string {
 	return b.String()
 }
 
+// ownFaults is an error if this library gave a wrong answer or none. What peers do wrong
+// is a result like others.
+func (r *report) ownFaults() error {
+	var err error
+	for _, res := range r.results.list {
+		if res.System == "overlay2" && res.Wrong+res.Failed != "" {
+			err = errors.Join(err, fmt.Errorf("overlay2: %s: %s", res.Row, res.Wrong+res.Failed))
+		}
+	}
+	return err
+}
+
 func shorten(s string, n int) string {
 	s = strings.Join(strings.Fields(s), " ")
 	if len(s) > n {
