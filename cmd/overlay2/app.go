@@ -8,7 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -21,6 +23,7 @@ import (
 	"github.com/moby/sys/mountinfo"
 	"github.com/sirupsen/logrus"
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 )
 
@@ -136,7 +139,50 @@ func (a *app) locked(f func(*overlay2.Driver) error) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, l.Close()) }()
-	return a.withDriver(f)
+	return errors.Join(a.withDriver(f), unbindHome(a.store.Home()))
+}
+
+// unbindHome undoes what the driver of an earlier process has done where mounts are shared,
+// as systemd makes them: the home mounted on itself, privately. It had to stay while layers were
+// mounted beneath. A filesystem that somebody has mounted there is another's.
+func unbindHome(home string) error {
+	home, err := filepath.EvalSymlinks(home)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	infos, err := mountinfo.GetMounts(mountinfo.ParentsFilter(home))
+	if err != nil {
+		return err
+	}
+	byID := map[int]*mountinfo.Info{}
+	var top *mountinfo.Info
+	for _, i := range infos {
+		byID[i.ID] = i
+		if i.Mountpoint == home {
+			top = i // the last is on top
+		}
+	}
+	if top == nil {
+		return nil
+	}
+	below := byID[top.Parent]
+	if below == nil || below.Major != top.Major || below.Minor != top.Minor {
+		return nil
+	}
+	rel, err := filepath.Rel(below.Mountpoint, home)
+	if err != nil {
+		return err
+	}
+	if filepath.Join(below.Root, rel) != top.Root {
+		return nil
+	}
+	if err := unix.Unmount(home, unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EBUSY) {
+		return &fs.PathError{Op: "unmount", Path: home, Err: err}
+	}
+	return nil
 }
 
 // existing is withDriver for commands that have nothing to do where no store is.

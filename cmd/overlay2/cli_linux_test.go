@@ -455,3 +455,26 @@ func TestCommitWhileWriting(t *testing.T) {
 	o.do("rm", "a")
 	o.empty()
 }
+
+// Where mounts are shared, as systemd makes them, the driver mounts its home on itself.
+// The last command that unmounts something takes that away, too.
+func TestSharedMounts(t *testing.T) {
+	o := newTool(t)
+	dir := filepath.Dir(o.root)
+	must(t, unix.Mount(dir, dir, "", unix.MS_BIND, ""))
+	defer func() { must(t, unix.Unmount(dir, 0)) }()
+	must(t, unix.Mount("", dir, "", unix.MS_SHARED, ""))
+	o.do("import", shipped, "--name", "a")
+	box := o.mount("box", "a")
+	o.mount("other", "a")
+	o.do("umount", "box")
+	if points, err := mountPoints(); err != nil || points[box] || !points[filepath.Join(o.root, "overlay2")] {
+		t.Error("the home is not private while a layer is mounted")
+	}
+	o.do("umount", "other")
+	if points, err := mountPoints(); err != nil || points[filepath.Join(o.root, "overlay2")] {
+		t.Error("the home is still mounted on itself")
+	}
+	o.do("rm", "box", "other", "a")
+	o.empty()
+}
