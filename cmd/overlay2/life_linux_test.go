@@ -124,6 +124,12 @@ func TestExportIsReadByOthers(t *testing.T) {
 		other.do("import", file)
 		same(t, box, other.mount("box", "docker.io/other/name:v2"))
 		other.do("umount", "box")
+		// An exported archive has that form, too, for docker load.
+		ours := filepath.Join(t.TempDir(), "ours.tar")
+		o.do("export", "demo/app:v1", "--to", ours)
+		if out, err := exec.Command("skopeo", "copy", "docker-archive:"+ours+":demo/app:v1", "oci:"+t.TempDir()).CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
 	})
 	t.Run("umoci", func(t *testing.T) {
 		require(t, "umoci")
