@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	"golang.org/x/sys/unix"
 )
 
@@ -71,6 +72,31 @@ func deep(t testing.TB, dir string, n int) {
 	_ = unix.Close(at)
 }
 
+// The workers share a large tree without counting anything twice, and tell of its errors.
+func TestUsageShared(t *testing.T) {
+	overlaytest.Require(t, "root", "tmpfs")
+	overlaytest.NoLeaks(t)
+	base := overlaytest.MountFS(t, overlaytest.FS{Name: "tmpfs"})
+	var entries, size int64
+	for i := range 40 {
+		dir := filepath.Join(base, fmt.Sprint(i%3), fmt.Sprint(i%7), fmt.Sprint(i))
+		must(t, os.MkdirAll(dir, 0o755))
+		for j := range 60 {
+			must(t, os.WriteFile(filepath.Join(dir, fmt.Sprint(j)), make([]byte, j), 0o644))
+			size += int64(j)
+		}
+		must(t, os.Link(filepath.Join(dir, "7"), filepath.Join(base, fmt.Sprint("link", i))))
+	}
+	must(t, filepath.WalkDir(base, func(string, fs.DirEntry, error) error { entries++; return nil }))
+	for range 30 {
+		got, err := Usage(context.Background(), base)
+		must(t, err)
+		if want := (Stats{Entries: entries - 1, Size: size}); got != want {
+			t.Fatalf("got %+v, want %+v", got, want)
+		}
+	}
+}
+
 func TestUsageErrors(t *testing.T) {
 	_, err := Usage(context.Background(), filepath.Join(t.TempDir(), "none"))
 	var e *EntryError
@@ -79,7 +105,9 @@ func TestUsageErrors(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	if _, err := Usage(ctx, t.TempDir()); !errors.Is(err, context.Canceled) {
+	dir := t.TempDir()
+	must(t, os.MkdirAll(filepath.Join(dir, "a/b"), 0o755))
+	if _, err := Usage(ctx, dir); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
 	}
 }
