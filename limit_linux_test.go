@@ -261,7 +261,7 @@ func TestNoQuota(t *testing.T) {
 func TestNewWithManyQuotas(t *testing.T) {
 	eachQuotaFS(t, func(t *testing.T, home string) {
 		d := newTestDriver(t, home, Options{})
-		n := 300
+		n := 60
 		must(t, d.Create("base", "", nil))
 		for i := range n {
 			must(t, d.CreateReadWrite(fmt.Sprint("box", i), "base", storage("size=1m")))

@@ -80,6 +80,9 @@ func copyMeta(from, to string, st *unix.Stat_t) error {
 		return err
 	}
 	for _, name := range names {
+		if name == "security.selinux" {
+			continue // what is made has a label of its own
+		}
 		value, err := getXattr(from, name)
 		if err == nil {
 			err = unix.Lsetxattr(to, name, value, 0)

@@ -52,6 +52,9 @@ type FS struct {
 func MountFS(t testing.TB, fs FS) string {
 	t.Helper()
 	Require(t, fs.Name)
+	if !fs.given() && fs.Name != "tmpfs" {
+		Require(t, "loop", "cmd:mkfs."+fs.Name)
+	}
 	dir, umount, err := mountFS(fs)
 	if err != nil {
 		t.Fatal(err)
@@ -67,12 +70,16 @@ func MountFS(t testing.TB, fs FS) string {
 	return dir
 }
 
+// given reports whether the environment names a directory that is as good as a new filesystem.
+func (fs FS) given() bool {
+	return os.Getenv(dirEnv(fs.Name)) != "" && (fs.Options == "" || fs.Options == "prjquota") && fs.Size == 0
+}
+
 // mountFS makes and mounts fs; what it returns undoes all of it.
 func mountFS(fs FS) (dir string, umount func() error, err error) {
-	parent := os.Getenv(dirEnv(fs.Name))
-	given := parent != "" && (fs.Options == "" || fs.Options == "prjquota") && fs.Size == 0
-	if !given {
-		parent = ""
+	parent, given := "", fs.given()
+	if given {
+		parent = os.Getenv(dirEnv(fs.Name))
 	}
 	top, err := os.MkdirTemp(parent, fmt.Sprintf("overlaytest-%d-", os.Getpid()))
 	if err != nil {

@@ -48,21 +48,21 @@ func guests() []guest {
 		},
 		{
 			name: "qemu-6.12", arch: "amd64", kernel: "linux-image-6.12-cloud-amd64", disks: disks,
-			require: needsAll, timeout: 10 * time.Minute,
+			require: needsAll, timeout: 15 * time.Minute,
 		},
 		{
 			name: "qemu-6.1", all: true, arch: "amd64", kernel: "linux-image-cloud-amd64", disks: disks,
-			require: needsAll, testFS: noTmpfs, timeout: 10 * time.Minute,
+			require: needsAll, testFS: noTmpfs, timeout: 20 * time.Minute,
 		},
 		{
 			name: "selinux-6.12", all: true, arch: "amd64", kernel: "linux-image-6.12-cloud-amd64", disks: disks,
 			append: "security=selinux selinux=1 enforcing=0", selinux: true,
-			require: needsAll + ",selinux", timeout: 10 * time.Minute,
+			require: needsAll + ",selinux", timeout: 20 * time.Minute,
 		},
 		{
 			// mkfs would need the host's programs, which are for another processor.
 			name: "ppc64le-64k", all: true, arch: "ppc64le", kernel: "linux-image-powerpc64le", disks: disks[:2], pageSize: 64 << 10,
-			require: needsBasic + ",ext4,xfs,quota,quota-ext4", testFS: "ext4,xfs", timeout: 20 * time.Minute,
+			require: needsBasic + ",ext4,xfs,quota,quota-ext4", testFS: "ext4,xfs", timeout: 40 * time.Minute,
 		},
 	}
 }
