@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"testing"
 )
 
 // tarText makes a tar from a text, one entry a line:
@@ -46,6 +47,16 @@ func tarText(text string) ([]byte, error) {
 		return nil, errors.New("cut beyond the start")
 	}
 	return w.out[:len(w.out)-w.cut], nil
+}
+
+// mustTar is tarText for a text that is right.
+func mustTar(t testing.TB, text string) []byte {
+	t.Helper()
+	b, err := tarText(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
 }
 
 type tarTextWriter struct {

@@ -21,16 +21,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// mustTar is tarText for a text that is right.
-func mustTar(t testing.TB, text string) []byte {
-	t.Helper()
-	b, err := tarText(text)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return b
-}
-
 func mustUnpack(t testing.TB, dir string, stream []byte, opts UnpackOptions) Stats {
 	t.Helper()
 	stats, err := Unpack(context.Background(), dir, bytes.NewReader(stream), opts)
