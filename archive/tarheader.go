@@ -92,7 +92,7 @@ func (h *tarHeader) fields(e *tarEntry) (size int64, err error) {
 	uid, gid := read("uid", uidField), read("gid", gidField)
 	size = read("size", sizeField)
 	e.mtime.sec = read("mtime", mtimeField)
-	if e.kind == typeChar || e.kind == typeBlock {
+	if (e.kind == typeChar || e.kind == typeBlock) && (h.isUSTAR() || h.isGNU()) {
 		major, minor := read("major", majorField), read("minor", minorField)
 		// Out of range stays out of range, for checkNumbers.
 		e.major, e.minor = clamp32(major), clamp32(minor)

@@ -186,13 +186,17 @@ func hasGlobal(stream []byte) bool {
 }
 
 // knownLenient says that archive/tar may refuse what does not matter here: device numbers
-// of what is no device, times and names that are not used.
+// of what is no device, times and names that are not used, owners of extended headers.
 func knownLenient(stream []byte) bool {
 	for at := 0; at+blockSize <= len(stream); at += blockSize {
 		h := (*tarHeader)(stream[at:])
 		_, err1 := h.number(majorField)
 		_, err2 := h.number(minorField)
-		if err1 != nil || err2 != nil {
+		if err1 != nil || err2 != nil || string(h.bytes(starMagicField)) == "tar\x00" {
+			return true
+		}
+		var e tarEntry
+		if _, err := h.fields(&e); err != nil && strings.IndexByte("xgLK", h.flag()) >= 0 {
 			return true
 		}
 	}
