@@ -133,7 +133,7 @@ func (c *Control) inUse(k kernel, id uint32) (bool, error) {
 		return true, nil
 	}
 	next, err := k.next(id)
-	if errors.Is(err, unix.ENOENT) {
+	if noneLeft(err) {
 		return false, nil
 	}
 	return next == id, err

@@ -73,13 +73,17 @@ func (k kernel) get(id uint32) (diskQuota, error) {
 	return q, err
 }
 
-// next returns the first project at or above id that has inodes or limits; ENOENT if
-// there is none.
+// next returns the first project at or above id that has inodes or limits; an error that
+// noneLeft knows if there is none.
 func (k kernel) next(id uint32) (uint32, error) {
 	var q diskQuota
 	err := k.call(cmdGetNext, id, unsafe.Pointer(&q))
 	return q.id, err
 }
+
+// noneLeft reports whether next found no project: ENOENT is what xfs and ext4 return,
+// ESRCH what quotactl(2) documents.
+func noneLeft(err error) bool { return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) }
 
 // set sets all four limits of a project, zero for none.
 func (k kernel) set(id uint32, l Limits) error {

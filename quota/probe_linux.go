@@ -55,7 +55,7 @@ func (c *Control) probe(fd int) error {
 	case flags&projectEnforced == 0:
 		return unsupported(nil, "%s counts projects but does not enforce limits: mount it with -o prjquota", name)
 	}
-	if _, err := k.next(0); err != nil && !errors.Is(err, unix.ENOENT) {
+	if _, err := k.next(0); err != nil && !noneLeft(err) {
 		if errors.Is(err, unix.EPERM) {
 			return unsupported(err, "the process needs CAP_SYS_ADMIN")
 		}
