@@ -10,6 +10,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -73,7 +74,7 @@ func parse(args []string) (*options, error) {
 	if f.NArg() > 0 {
 		return nil, fmt.Errorf("unknown argument %q", f.Arg(0))
 	}
-	defaults := options{sets: "typical,many-small,few-big", fs: "tmpfs,ext4,xfs", reps: 5}
+	defaults := options{sets: "typical,many-small,few-big,quick", fs: "tmpfs,ext4,xfs", reps: 5}
 	if o.quick {
 		defaults = options{sets: "quick", fs: "tmpfs", reps: 2}
 	}
@@ -205,9 +206,14 @@ func (b *bench) all(o *options, rep *report) (err error) {
 		}
 	}
 	if wants(o.rows, "calls") && len(sets) > 0 {
-		return b.calls(sets[0])
+		return b.calls(smallest(sets))
 	}
 	return nil
+}
+
+// smallest returns the set with the fewest bytes.
+func smallest(sets []*dataset) *dataset {
+	return slices.MinFunc(sets, func(a, b *dataset) int { return cmp.Compare(a.bytes, b.bytes) })
 }
 
 // onFS runs everything that was asked for on one kind of filesystem.
@@ -218,14 +224,19 @@ func (b *bench) onFS(o *options, fs string, sets []*dataset) error {
 	}
 	var parts []part
 	for i, d := range sets {
-		parts = append(parts, part{d, layerScenario()})
-		if fs != "tmpfs" {
-			parts = append(parts, part{d, syncScenario()})
+		// The small set is for what is done eight times, or under strace.
+		if len(sets) == 1 || d != smallest(sets) {
+			parts = append(parts, part{d, layerScenario()})
+			if fs != "tmpfs" {
+				parts = append(parts, part{d, syncScenario()})
+			}
 		}
-		// The rest is about the number of layers or of changes: once is enough.
 		if i == 0 {
-			parts = append(parts, part{d, changesScenario()}, part{d, manyScenario()})
+			parts = append(parts, part{d, changesScenario()})
 		}
+	}
+	if len(sets) > 0 {
+		parts = append(parts, part{smallest(sets), manyScenario()})
 	}
 	parts = append(parts, part{nil, mountScenario()})
 	for _, n := range b.layers {

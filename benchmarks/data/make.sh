@@ -44,7 +44,7 @@ first() {
 # packages prints what a set is made of.
 packages() {
 	case $1 in
-	quick) closure python3 perl git ;;
+	quick) closure python3 perl ;;
 	# A small system with what people install into it.
 	typical) closure python3-setuptools git vim perl gcc locales systemd openssh-client manpages-dev iso-codes adwaita-icon-theme ;;
 	many-small)
