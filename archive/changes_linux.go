@@ -52,8 +52,10 @@ type changeFrame struct {
 	marks marks
 	// base is what the parent shows at this path; nil if no directory: then all here is Added.
 	base *mergedDir
-	// low is what merges beneath it: base, or nil if the directory is opaque or renamed.
-	low *mergedDir
+	// parked: base is closed, as those far up are, and opened again on the way back.
+	parked bool
+	// merged: base also merges with the directory; it is neither opaque nor renamed.
+	merged bool
 	// view, if set, is where names are looked up: a renamed directory shows more than the layer has.
 	view *mergedDir
 }
@@ -64,6 +66,14 @@ func (c *layerChanges) close() {
 	}
 	c.walk.close()
 	c.lowers.close()
+}
+
+// low is what merges beneath the directory.
+func (f *changeFrame) low() *mergedDir {
+	if f.merged {
+		return f.base
+	}
+	return nil
 }
 
 func (f *changeFrame) close() {
@@ -93,7 +103,7 @@ func (c *layerChanges) run(dir string, lowers []string) error {
 	if err := c.walk.push(fd, true); err != nil {
 		return err
 	}
-	c.frames = append(c.frames, changeFrame{level: level{changed: true}, marks: m, base: root, low: root})
+	c.frames = append(c.frames, changeFrame{level: level{changed: true}, marks: m, base: root, merged: true})
 	c.lowers = &mergedDir{chain: c.lowers.chain}
 	for len(c.frames) > 0 {
 		if err := c.step(); err != nil {
@@ -240,14 +250,14 @@ func (c *layerChanges) openData(f *changeFrame, now *fileAt) (int, error) {
 	if err != nil {
 		return -1, err
 	}
-	return c.lowers.dataBelow(f.low, now.name.String(), m)
+	return c.lowers.dataBelow(f.low(), now.name.String(), m)
 }
 
 // enter goes down into a directory, which is the last of the list: to stay there only if
 // changed, or if something is found beneath. base is what the lowers show at its path; enter
 // takes it over.
 func (c *layerChanges) enter(f *changeFrame, now *fileAt, base *mergedDir, changed bool) error {
-	next := changeFrame{base: base, low: base}
+	next := changeFrame{base: base}
 	next.level = level{start: len(c.list.path), mark: len(c.list.changes), changed: changed}
 	fd, err := c.openDir(f, now, &next)
 	if err != nil {
@@ -256,6 +266,7 @@ func (c *layerChanges) enter(f *changeFrame, now *fileAt, base *mergedDir, chang
 	}
 	c.list.path = append(append(c.list.path, '/'), now.name[:len(now.name)-1]...)
 	c.frames = append(c.frames, next)
+	c.park(len(c.frames) - 1 - maxOpen)
 	d, err := c.walk.enter(fd)
 	if err != nil {
 		return err
@@ -273,7 +284,7 @@ func (c *layerChanges) enter(f *changeFrame, now *fileAt, base *mergedDir, chang
 			d.add([]byte(name), unix.DT_UNKNOWN)
 		}
 	}
-	if base != nil && next.low != base {
+	if base != nil && !next.merged {
 		return c.hidden(d, &next)
 	}
 	return nil
@@ -283,7 +294,6 @@ func (c *layerChanges) enter(f *changeFrame, now *fileAt, base *mergedDir, chang
 func (c *layerChanges) openDir(f *changeFrame, now *fileAt, next *changeFrame) (fd int, err error) {
 	name := now.name.String()
 	if f.view != nil {
-		next.low = nil
 		if next.view, err = f.view.child(name); err == nil && next.view == nil {
 			err = ErrChanged
 		}
@@ -297,14 +307,10 @@ func (c *layerChanges) openDir(f *changeFrame, now *fileAt, next *changeFrame) (
 		_ = sys.Close(fd)
 		return -1, err
 	}
-	if next.marks.opaque || f.low != f.base {
-		// Nothing shows through; or the lowers that the parent merges with are others than those
-		// that it is compared with.
-		next.low = nil
-	}
+	// Where the parent doesn't merge, neither does this, even if it is compared with something.
+	next.merged = f.merged && !next.marks.opaque && next.marks.redirect == ""
 	if next.marks.redirect != "" {
-		next.low = nil
-		next.view, err = c.lowers.shown(f.low, fd, name, next.marks)
+		next.view, err = c.lowers.shown(f.low(), fd, name, next.marks)
 	}
 	if err != nil {
 		_ = sys.Close(fd)
@@ -352,5 +358,45 @@ func (c *layerChanges) leave() error {
 	err := c.walk.pop()
 	f.close()
 	c.list.path = c.list.path[:f.start]
+	if top := len(c.frames) - 1; err == nil && top >= 0 && c.frames[top].parked {
+		return c.unpark(top)
+	}
 	return err
+}
+
+// park closes the base of a frame far up. That of the root stays: all others are found from it.
+func (c *layerChanges) park(i int) {
+	if i <= 0 || c.frames[i].base == nil || c.frames[i].parked {
+		return
+	}
+	c.frames[i].base.close()
+	c.frames[i].base, c.frames[i].parked = nil, true
+}
+
+// unpark opens the base of the frame at hand again, and those of the next ones up.
+func (c *layerChanges) unpark(top int) error {
+	from := top
+	for c.frames[from].parked {
+		from--
+	}
+	for i := from + 1; i <= top; i++ {
+		f := &c.frames[i]
+		end := len(c.list.path)
+		if i < top {
+			end = c.frames[i+1].start
+		}
+		var err error
+		f.base, err = c.frames[i-1].base.child(string(c.list.path[f.start+1 : end]))
+		if err == nil && f.base == nil {
+			err = ErrChanged
+		}
+		if err != nil {
+			return err
+		}
+		f.parked = false
+		if i-1 > from && i-1 <= top-maxOpen {
+			c.park(i - 1)
+		}
+	}
+	return nil
 }

@@ -277,7 +277,7 @@ func (p *packer) metacopyData(src source, f *packFrame, m marks) (int, error) {
 	if p.lowers == nil {
 		return -1, errNeedsLowers("overlay.metacopy")
 	}
-	low, err := p.low(len(p.frames) - 1)
+	low, err := p.low()
 	if err != nil {
 		return -1, err
 	}

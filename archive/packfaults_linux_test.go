@@ -307,3 +307,66 @@ func TestPackProgress(t *testing.T) {
 		t.Errorf("stats %+v, progress %+v", r.Stats(), last)
 	}
 }
+
+// Directories 2,000 deep over as deep lowers need few descriptors: 250 suffice for all calls.
+func TestReadDeepFewDescriptors(t *testing.T) {
+	overlaytest.Require(t, "root", "tmpfs")
+	overlaytest.NoLeaks(t)
+	base := overlaytest.MountFS(t, overlaytest.FS{Name: "tmpfs"})
+	low, up := filepath.Join(base, "low"), filepath.Join(base, "up")
+	for _, dir := range []string{low, up} {
+		must(t, os.Mkdir(dir, 0o755))
+		deep(t, dir, 2000)
+		nested(t, dir, func(fd, depth int) error {
+			if dir == low {
+				return unix.Mknodat(fd, "z", unix.S_IFREG|0o644, 0)
+			}
+			return unix.Mknodat(fd, "z", unix.S_IFCHR, 0)
+		})
+	}
+	var was unix.Rlimit
+	must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &was))
+	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 250, Max: was.Max}))
+	defer func() { must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &was)) }()
+	lowers := []string{low}
+	if n := strings.Count(listed(t, packed(t, up, PackOptions{Lowers: lowers})), "/.wh.z "); n != 2000 {
+		t.Errorf("Pack wrote %d whiteouts", n)
+	}
+	changes, err := Changes(context.Background(), up, ReadOptions{Lowers: lowers})
+	must(t, err)
+	deleted := 0
+	for _, c := range changes {
+		if c.Kind == Deleted {
+			deleted++
+		}
+	}
+	if deleted != 2001 {
+		t.Errorf("Changes found %d deletions", deleted)
+	}
+	changes, err = Compare(context.Background(), up, low)
+	must(t, err)
+	if len(changes) != 4002 {
+		t.Errorf("Compare found %d changes", len(changes))
+	}
+	usage, err := Usage(context.Background(), low)
+	must(t, err)
+	if usage.Entries != 4002 {
+		t.Errorf("Usage found %d entries", usage.Entries)
+	}
+}
+
+// nested calls f for each directory that deep made.
+func nested(t *testing.T, dir string, f func(fd, depth int) error) {
+	t.Helper()
+	fd, err := unix.Open(dir, unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	must(t, err)
+	for depth := 0; ; depth++ {
+		must(t, f(fd, depth))
+		next, err := unix.Openat(fd, "ddd", unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		must(t, unix.Close(fd))
+		if err != nil {
+			return
+		}
+		fd = next
+	}
+}

@@ -90,6 +90,7 @@ type source struct {
 // enter goes down into fd, which is the walk's from then on, and whose frame is the last.
 func (p *packer) enter(fd int) error {
 	f := &p.frames[len(p.frames)-1]
+	p.forgetLow(len(p.frames) - 1 - maxOpen)
 	d, err := p.walk.enter(fd)
 	if err != nil {
 		return err
@@ -125,33 +126,48 @@ func (p *packer) leave() error {
 	return err
 }
 
-// low returns what the lowers have beneath the directory of frame i, nil if nothing.
-func (p *packer) low(i int) (*mergedDir, error) {
+// low returns what the lowers have beneath the directory at hand, nil if nothing.
+func (p *packer) low() (*mergedDir, error) {
+	top := len(p.frames) - 1
+	from := top
+	for !p.frames[from].lowKnown {
+		from--
+	}
+	for i := from + 1; i <= top; i++ {
+		f := &p.frames[i]
+		if up := p.frames[i-1].low; up != nil {
+			end := len(p.path)
+			if i < top {
+				end = p.frames[i+1].start
+			}
+			var err error
+			if f.low, err = up.below(f.marks, string(p.path[f.start:end-1])); err != nil {
+				return nil, err
+			}
+		}
+		f.lowKnown = true
+		if i-1 > from && i-1 <= top-maxOpen {
+			p.forgetLow(i - 1)
+		}
+	}
+	return p.frames[top].low, nil
+}
+
+// forgetLow closes what low found of a frame far up, but not of the root, from which it is found
+// again.
+func (p *packer) forgetLow(i int) {
+	if i <= 0 {
+		return
+	}
 	f := &p.frames[i]
-	if f.lowKnown {
-		return f.low, nil
-	}
-	up, err := p.low(i - 1)
-	if err != nil {
-		return nil, err
-	}
-	if up != nil {
-		end := len(p.path)
-		if i+1 < len(p.frames) {
-			end = p.frames[i+1].start
-		}
-		if f.low, err = up.below(f.marks, string(p.path[f.start:end-1])); err != nil {
-			return nil, err
-		}
-	}
-	f.lowKnown = true
-	return f.low, nil
+	f.low.close()
+	f.low, f.lowKnown = nil, false
 }
 
 // whiteout writes the deletion of name, unless it is known to hide nothing.
 func (p *packer) whiteout(name sys.Name) error {
 	if p.lowers != nil {
-		low, err := p.low(len(p.frames) - 1)
+		low, err := p.low()
 		if err != nil || low == nil {
 			return err
 		}
@@ -223,7 +239,7 @@ func (p *packer) hides(name sys.Name) (bool, error) {
 	if p.lowers == nil {
 		return true, nil
 	}
-	low, err := p.low(len(p.frames) - 1)
+	low, err := p.low()
 	if err != nil || low == nil {
 		return false, err
 	}
@@ -236,7 +252,7 @@ func (p *packer) redirected(fd int, name sys.Name, m marks) (*mergedDir, error) 
 	if p.lowers == nil {
 		return nil, errNeedsLowers("overlay.redirect")
 	}
-	low, err := p.low(len(p.frames) - 1)
+	low, err := p.low()
 	if err != nil {
 		return nil, err
 	}
