@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -30,7 +31,7 @@ func TestUnpackChild(t *testing.T) {
 		t.Fatal(err)
 	}
 	stats, err := Unpack(context.Background(), dir, bytes.NewReader(stream), UnpackOptions{})
-	fmt.Printf("skipped %d size %d error %v\n", stats.SkippedDevices, stats.Size, err)
+	fmt.Fprintf(os.Stdout, "skipped %d size %d error %v\n", stats.SkippedDevices, stats.Size, err)
 }
 
 // unpackChild unpacks in a process with attr, started through wrap, and returns what it tells.
@@ -49,7 +50,7 @@ func unpackChild(t *testing.T, dir string, stream []byte, attr *syscall.SysProcA
 	if err != nil {
 		t.Fatal(err)
 	}
-	args := append(wrap, bin, "-test.run", "^TestUnpackChild$", "-test.count", "1")
+	args := append(slices.Clone(wrap), bin, "-test.run", "^TestUnpackChild$", "-test.count", "1")
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Env = append(os.Environ(), childEnv+"="+dir)
 	cmd.Dir = "/"

@@ -19,7 +19,7 @@ import (
 func FuzzUnpack(f *testing.F) {
 	overlaytest.Require(f, "root")
 	for _, stream := range caseTars(f) {
-		if len(stream) < 8<<10 {
+		if len(stream) < 5<<10 {
 			f.Add(stream)
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -708,5 +709,72 @@ func TestUnpackShuffled(t *testing.T) {
 		dir := t.TempDir()
 		mustUnpack(t, dir, mustTar(t, strings.Join(lines, "\n")), UnpackOptions{})
 		overlaytest.Compare(t, tree, overlaytest.Tree(t, dir, overlaytest.NoRootTime))
+	}
+}
+
+// TestUnpackCloseOnExec looks at all descriptors while an unpack is at work: none may be
+// inherited by a program that the process happens to start then.
+func TestUnpackCloseOnExec(t *testing.T) {
+	overlaytest.Require(t, "root")
+	inherited := func() (n int) {
+		fds, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range fds {
+			fd, err := strconv.Atoi(e.Name())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err == nil && flags&unix.FD_CLOEXEC == 0 {
+				n++
+			}
+		}
+		return n
+	}
+	lower := t.TempDir()
+	overlaytest.Build(t, lower, "file d/sub0/low \"x\"")
+	stream, before := bytes.NewReader(mixed(t, 400)), inherited()
+	_, err := Unpack(context.Background(), t.TempDir(), readerFunc(func(p []byte) (int, error) {
+		if n := inherited(); n > before {
+			t.Errorf("%d descriptors more would be inherited", n-before)
+		}
+		return stream.Read(p[:min(len(p), 100<<10)])
+	}), UnpackOptions{Lowers: []string{lower}})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func BenchmarkUnpack(b *testing.B) {
+	overlaytest.Require(b, "root", "tmpfs")
+	top := overlaytest.MountFS(b, overlaytest.FS{Name: "tmpfs", Options: "nr_inodes=0"})
+	for name, c := range map[string]struct{ files, size int }{"small": {5000, 2000}, "big": {4, 32 << 20}} {
+		var text strings.Builder
+		for i := range c.files {
+			if i%50 == 0 {
+				fmt.Fprintf(&text, "dir usr/share/d%d\n", i/50)
+			}
+			fmt.Fprintf(&text, "file usr/share/d%d/file%d \"%s\"\n", i/50, i, strings.Repeat("x", c.size))
+		}
+		stream := mustTar(b, text.String())
+		b.Run(name, func(b *testing.B) {
+			b.SetBytes(int64(len(stream)))
+			b.ReportAllocs()
+			for b.Loop() {
+				b.StopTimer()
+				dir, err := os.MkdirTemp(top, "")
+				if err != nil {
+					b.Fatal(err)
+				}
+				b.StartTimer()
+				mustUnpack(b, dir, stream, UnpackOptions{})
+				b.StopTimer()
+				if err := os.RemoveAll(dir); err != nil {
+					b.Fatal(err)
+				}
+				b.StartTimer()
+			}
+		})
 	}
 }
