@@ -143,15 +143,34 @@ func (a *app) removeImage(d *overlay2.Driver, img *store.Image) ([]string, error
 
 // releaseLayers removes an image's layers from the top down to one that something needs.
 func (a *app) releaseLayers(d *overlay2.Driver, ids []string) (removed []string, err error) {
-	for _, id := range slices.Backward(ids) {
-		used, err := a.users(id)
-		if err != nil || len(used) > 0 {
-			return removed, err
+	images, err := a.store.Images()
+	if err != nil {
+		return nil, err
+	}
+	layers, err := a.store.Layers()
+	if err != nil {
+		return nil, err
+	}
+	needed := map[string]int{} // by how many
+	for _, i := range images {
+		for _, id := range i.Layers {
+			needed[id]++
+		}
+	}
+	for _, l := range layers {
+		needed[l.Parent]++
+	}
+	for i, id := range slices.Backward(ids) {
+		if needed[id] > 0 {
+			break
 		}
 		if err := a.removeLayers(d, []string{id}); err != nil {
 			return removed, err
 		}
 		removed = append(removed, id)
+		if i > 0 {
+			needed[ids[i-1]]-- // it was this layer's parent
+		}
 	}
 	return removed, nil
 }

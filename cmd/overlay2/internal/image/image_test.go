@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
@@ -356,6 +357,17 @@ func TestLayerLinkInArchive(t *testing.T) {
 	}
 }
 
+// Ctrl-C ends the waiting for a pipe that stays silent.
+func TestCancelSilentInput(t *testing.T) {
+	r, w := io.Pipe()
+	defer w.Close()
+	ctx, cancel := context.WithCancel(context.Background())
+	time.AfterFunc(20*time.Millisecond, cancel)
+	if _, err := Open(ctx, "-", Options{Stdin: r, TempDir: t.TempDir()}); !errors.Is(err, context.Canceled) || errors.Is(err, ErrInvalid) {
+		t.Error(err)
+	}
+}
+
 func TestCancel(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	s, err := Open(ctx, ociSet(t, CompressGzip, two(t), nil).dir(t), Options{TempDir: t.TempDir(), Platform: Platform{OS: "linux", Arch: "amd64"}})
@@ -369,4 +381,40 @@ func TestCancel(t *testing.T) {
 		t.Error(err)
 	}
 	must(t, s.Close())
+}
+
+// Whatever an archive holds, it is an image or an error, soon and within little memory. The
+// decompressors have goroutines, so coverage varies: fuzz with -fuzzminimizetime 1x.
+func FuzzOpen(f *testing.F) {
+	for _, set := range []fileset{ociSet(f, CompressGzip, two(f), nil), dockerSet(f, CompressZstd, two(f))} {
+		for _, how := range []string{CompressNone, CompressGzip, CompressZstd} {
+			b, err := os.ReadFile(set.file(f, how, ""))
+			must(f, err)
+			f.Add(b)
+		}
+	}
+	f.Add(two(f)[0])
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if len(b) > 1<<20 {
+			return
+		}
+		s, err := Open(t.Context(), write(t, b), Options{TempDir: t.TempDir(), Platform: Platform{OS: "linux", Arch: "amd64"}})
+		if err != nil {
+			return
+		}
+		for _, img := range s.Images {
+			for _, l := range img.Layers {
+				st, err := l.Open(t.Context())
+				if err != nil {
+					continue
+				}
+				n, err := io.Copy(io.Discard, io.LimitReader(st, 64<<20))
+				if err == nil && n < 64<<20 != st.Verified() {
+					t.Error("ended well without being verified, or the reverse")
+				}
+				must(t, st.Close())
+			}
+		}
+		must(t, s.Close())
+	})
 }

@@ -35,7 +35,7 @@ type Options struct {
 func Open(ctx context.Context, path string, opts Options) (*Source, error) {
 	opts.Platform = opts.Platform.orHost()
 	if path == "-" {
-		f, err := spool(ctx, opts.Stdin, opts)
+		f, err := spool(ctx, &patient{ctx: ctx, r: opts.Stdin}, opts)
 		if err != nil {
 			return nil, err
 		}
@@ -214,6 +214,37 @@ func openArchive(ctx context.Context, f *os.File, opts Options) (*tarFiles, erro
 		return nil, errors.Join(err, tmp.Close())
 	}
 	return set, nil
+}
+
+// patient reads in another goroutine, so that a ctx ends the waiting for a reader that says
+// nothing, such as a person at a terminal. Then the goroutine stays until the reader does say something.
+type patient struct {
+	ctx context.Context
+	r   io.Reader
+	buf []byte
+	out chan result
+}
+
+type result struct {
+	n   int
+	err error
+}
+
+func (p *patient) Read(b []byte) (int, error) {
+	if p.buf == nil {
+		p.buf, p.out = make([]byte, 1<<18), make(chan result, 1)
+	}
+	b = b[:min(len(b), len(p.buf))]
+	go func() {
+		n, err := p.r.Read(p.buf[:len(b)])
+		p.out <- result{n, err}
+	}()
+	select {
+	case r := <-p.out:
+		return copy(b, p.buf[:r.n]), r.err
+	case <-p.ctx.Done():
+		return 0, p.ctx.Err()
+	}
 }
 
 // spool copies r to a file that has no name: whatever ends the process, nothing is left.

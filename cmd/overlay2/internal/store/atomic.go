@@ -1,7 +1,6 @@
 package store
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -17,17 +16,13 @@ import (
 // tempPrefix begins the name of a file that is being written.
 const tempPrefix = ".new-"
 
-func (s *Store) write(path string, v any) error {
+// write makes path hold v as JSON, or stay as it was: a temporary file is written, flushed
+// to the disk if it is to last, and renamed.
+func (s *Store) write(path string, v any, last bool) (err error) {
 	b, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
 		return err
 	}
-	return WriteFile(path, bytes.NewReader(append(b, '\n')))
-}
-
-// WriteFile makes path hold what r gives, or stay as it was: a temporary file is written,
-// flushed to the disk and renamed.
-func WriteFile(path string, r io.Reader) (err error) {
 	f, err := os.CreateTemp(filepath.Dir(path), tempPrefix)
 	if err != nil {
 		return err
@@ -37,14 +32,14 @@ func WriteFile(path string, r io.Reader) (err error) {
 			err = errors.Join(err, ignoreAbsent(os.Remove(f.Name())))
 		}
 	}()
-	_, err = io.Copy(f, r)
-	if err == nil {
+	_, err = f.Write(append(b, '\n'))
+	if err == nil && last {
 		err = f.Sync()
 	}
 	if err = errors.Join(err, f.Close()); err != nil {
 		return err
 	}
-	if err := os.Rename(f.Name(), path); err != nil {
+	if err := os.Rename(f.Name(), path); err != nil || !last {
 		return err
 	}
 	return syncDir(filepath.Dir(path))

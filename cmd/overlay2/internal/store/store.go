@@ -213,7 +213,7 @@ func (s *Store) PutImage(img *Image) error {
 	if err := CheckImageName(img.Name); err != nil {
 		return err
 	}
-	return s.write(s.imagePath(img.Name), img)
+	return s.write(s.imagePath(img.Name), img, true)
 }
 
 // DeleteImage removes an image's record.
@@ -259,8 +259,9 @@ func (s *Store) Layers() ([]*Layer, error) {
 	return all, nil
 }
 
-// PutLayer writes a layer's record, in the place of an older one.
-func (s *Store) PutLayer(l *Layer) error { return s.write(s.layerPath(l.ID), l) }
+// PutLayer writes a layer's record, in the place of an older one. That of a pending layer may
+// be lost if the power fails: a layer without a record is none either.
+func (s *Store) PutLayer(l *Layer) error { return s.write(s.layerPath(l.ID), l, !l.Pending) }
 
 // DeleteLayer removes a layer's records.
 func (s *Store) DeleteLayer(id string) error {
