@@ -2,6 +2,7 @@ package archive
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"math"
 	"strconv"
@@ -63,16 +64,33 @@ func (h *tarHeader) checksumOK() bool {
 	if err != nil {
 		return false
 	}
-	var sum, high int64
+	field := checksumField
+	sum := sumBytes(h[:field.at]) + sumBytes(h[field.at+field.size:]) + int64(field.size)*' '
+	if want == sum {
+		return true
+	}
 	for _, c := range h {
+		sum -= int64(c>>7) << 8
+	}
+	for _, c := range h.bytes(field) {
+		sum += int64(c>>7) << 8
+	}
+	return want == sum
+}
+
+// sumBytes adds up the bytes of b, which are less than 512, eight at a time: as four 16-bit
+// numbers, which hold 64 times two bytes.
+func sumBytes(b []byte) int64 {
+	var lanes uint64
+	for ; len(b) >= 8; b = b[8:] {
+		w := binary.LittleEndian.Uint64(b)
+		lanes += w&0x00ff00ff00ff00ff + w>>8&0x00ff00ff00ff00ff
+	}
+	sum := int64(lanes&0xffff + lanes>>16&0xffff + lanes>>32&0xffff + lanes>>48)
+	for _, c := range b {
 		sum += int64(c)
-		high += int64(c >> 7)
 	}
-	for _, c := range h.bytes(checksumField) {
-		sum += ' ' - int64(c)
-		high -= int64(c >> 7)
-	}
-	return want == sum || want == sum-256*high
+	return sum
 }
 
 func (h *tarHeader) number(f field) (int64, error) { return parseNumber(h.bytes(f)) }
