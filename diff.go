@@ -167,7 +167,7 @@ func (d *Driver) applyMerged(l *layer, state *layerState, diff io.Reader) (stats
 	if adopted {
 		state.mounts++
 	} else if state.mounts == 0 {
-		defer func() { err = errors.Join(err, d.unmountMerged(l)) }()
+		defer func() { err = errors.Join(err, d.unmountMerged(l.path(mergedName))) }()
 	}
 	opts := archive.UnpackOptions{Format: archive.Merged, IDMap: d.opts.IDMap}
 	if _, err := archive.Unpack(context.Background(), path, diff, opts); err != nil {

@@ -27,14 +27,24 @@ type knownLink struct {
 	diff sys.Ident
 }
 
-// lookup appends what is known of each link to dst, an empty knownLink if nothing is.
-func (k *knownLinks) lookup(dst []knownLink, links []string) []knownLink {
+// still reports whether the link leads where it did. lfd is l/, open.
+func (l *knownLink) still(lfd int) bool {
+	if l.id == "" {
+		return false
+	}
+	now, err := sys.IdentDir(lfd, l.name)
+	return err == nil && now.Same(l.diff)
+}
+
+// lookup returns what is known of each link, an empty knownLink if nothing is.
+func (k *knownLinks) lookup(links []string) []knownLink {
+	known := make([]knownLink, len(links))
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	for _, link := range links {
-		dst = append(dst, k.m[link])
+	for i, link := range links {
+		known[i] = k.m[link]
 	}
-	return dst
+	return known
 }
 
 func (k *knownLinks) add(link string, l knownLink) {
@@ -57,38 +67,67 @@ func (d *Driver) resolve(links []string) ([]string, error) {
 	if len(links) == 0 {
 		return nil, nil
 	}
+	known := d.known.lookup(links)
+	if err := d.follow(links, known); err != nil {
+		return nil, err
+	}
+	ids := make([]string, len(known))
+	for i := range known {
+		ids[i] = known[i].id
+	}
+	return ids, nil
+}
+
+// follow follows those links strictly that do not lead where they did, and puts into known
+// where they lead.
+func (d *Driver) follow(links []string, known []knownLink) error {
+	homefd, err := sys.OpenRoot(d.home)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = sys.Close(homefd) }()
+	lfd, err := sys.OpenDirat(homefd, linkDir)
+	if err != nil {
+		return corrupt("%s: %w", linkDir, err)
+	}
+	defer func() { _ = sys.Close(lfd) }()
+	for i, link := range links {
+		if known[i].still(lfd) {
+			continue
+		}
+		if known[i], err = resolveLink(homefd, lfd, link); err != nil {
+			d.known.forget(link)
+			return err
+		}
+		d.known.add(link, known[i])
+	}
+	return nil
+}
+
+// chain is a layer's link and those below it, as a mount needs them: each is checked just
+// before the kernel follows it, while what that takes is at hand in the processor's caches.
+type chain struct {
+	d     *Driver
+	lfd   int // l/, open
+	links []string
+	known []knownLink
+}
+
+// openChain takes up the links. The caller closes it.
+func (d *Driver) openChain(links []string) (*chain, error) {
 	lfd, err := sys.OpenRoot(d.home + "/" + linkDir)
 	if err != nil {
 		return nil, corrupt("%s: %w", linkDir, err)
 	}
-	defer func() { _ = sys.Close(lfd) }()
-	homefd := -1
-	defer func() {
-		if homefd >= 0 {
-			_ = sys.Close(homefd)
-		}
-	}()
-	known := d.known.lookup(make([]knownLink, 0, len(links)), links)
-	ids := make([]string, len(links))
-	for i, link := range links {
-		if k := &known[i]; k.id != "" {
-			if now, err := sys.IdentDir(lfd, k.name); err == nil && now.Same(k.diff) {
-				ids[i] = k.id
-				continue
-			}
-			d.known.forget(link)
-		}
-		if homefd < 0 {
-			if homefd, err = sys.OpenRoot(d.home); err != nil {
-				return nil, err
-			}
-		}
-		k, err := resolveLink(homefd, lfd, link)
-		if err != nil {
-			return nil, err
-		}
-		d.known.add(link, k)
-		ids[i] = k.id
+	return &chain{d: d, lfd: lfd, links: links, known: d.known.lookup(links)}, nil
+}
+
+func (c *chain) close() { _ = sys.Close(c.lfd) }
+
+// check checks one link.
+func (c *chain) check(i int) error {
+	if c.known[i].still(c.lfd) {
+		return nil
 	}
-	return ids, nil
+	return c.d.follow(c.links[i:i+1], c.known[i:i+1])
 }

@@ -144,7 +144,8 @@ func (l *layer) has(name string) (bool, error) {
 
 // link returns the layer's short name.
 func (l *layer) link() (string, error) {
-	data, err := sys.ReadFileAt(l.fd, linkName, linkid.Length)
+	var buf [linkid.Length + 1]byte
+	data, err := sys.ReadStartAt(l.fd, linkName, buf[:])
 	if err != nil {
 		return "", corrupt("%s: %w", linkName, err)
 	}

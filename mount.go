@@ -86,6 +86,7 @@ func (d *Driver) mountLayer(l *layer, mounts int, mountLabel string) (path strin
 	if err != nil {
 		return "", false, err
 	}
+	defer spec.chain.close()
 	spec.label = mountLabel
 	adopted, err = d.mountAtMerged(l, func() error { return d.mountOverlay(l, spec) })
 	return l.path(mergedName), adopted, err
@@ -103,34 +104,38 @@ func (d *Driver) mountAtMerged(l *layer, mount func() error) (adopted bool, err 
 	return false, nil
 }
 
-// mountSpec returns the overlay of a layer with ancestors, each of which is checked.
-func (d *Driver) mountSpec(l *layer, links []string, readOnly bool) (mountSpec, error) {
+// mountSpec returns the overlay of a layer with ancestors. Mounting checks those. The caller
+// closes the chain.
+func (d *Driver) mountSpec(l *layer, links []string, readOnly bool) (_ mountSpec, err error) {
 	own, err := l.link()
 	if err != nil {
 		return mountSpec{}, err
 	}
-	ids, err := d.resolve(append([]string{own}, links...))
+	links = append([]string{own}, links...)
+	c, err := d.openChain(links)
 	if err != nil {
 		return mountSpec{}, err
 	}
-	if ids[0] != l.id {
-		return mountSpec{}, corrupt("%s: %s is the link of layer %s", linkName, own, ids[0])
-	}
-	spec := mountSpec{home: d.home, lowers: make([]string, 0, len(ids)), ids: ids, options: d.mountOptions}
-	if readOnly {
-		spec.lowers = append(spec.lowers, linkPrefix+own)
-	} else {
-		// Through the link, so that neither the length nor the characters of the ID matter.
-		spec.upper = linkPrefix + own
-		spec.work = linkPrefix + own + "/../" + workName
-		if err := d.checkWork(l); err != nil {
-			return mountSpec{}, err
+	defer func() {
+		if err != nil {
+			c.close()
 		}
+	}()
+	if err := c.check(0); err != nil {
+		return mountSpec{}, err
 	}
-	for _, link := range links {
-		spec.lowers = append(spec.lowers, linkPrefix+link)
+	if c.known[0].id != l.id {
+		return mountSpec{}, corrupt("%s: %s is the link of layer %s", linkName, own, c.known[0].id)
 	}
-	return spec, nil
+	spec := mountSpec{home: d.home, dir: linkPrefix, lowers: links, chain: c, options: d.mountOptions}
+	if readOnly {
+		return spec, nil
+	}
+	// Through the link, so that neither the length nor the characters of the ID matter.
+	spec.lowers = links[1:]
+	spec.upper = linkPrefix + own
+	spec.work = linkPrefix + own + "/../" + workName
+	return spec, d.checkWork(l)
 }
 
 // makeMerged makes the mount point. If it is there and something is mounted on it,
@@ -211,39 +216,52 @@ func (d *Driver) put(id string) error {
 	}
 	state, unlock := d.layers.lock(id)
 	defer unlock()
-	l, err := openLayer(d.home, id)
-	if err != nil {
-		return err
+	path := d.home + "/" + id
+	switch err := sys.IsDirat(unix.AT_FDCWD, path); {
+	case err == unix.ENOENT:
+		return ErrLayerNotFound
+	case err != nil:
+		return corrupt("%w", err)
 	}
-	defer l.close()
 	if state.mounts > 1 {
 		state.mounts--
 		return nil
 	}
 	if state.mounts == 0 {
-		switch mounted, err := l.mounted(); {
-		case err != nil:
+		if err := d.checkMounted(id); err != nil {
 			return err
-		case !mounted:
-			return ErrNotMounted
 		}
 	}
-	if err := d.unmountMerged(l); err != nil {
+	if err := d.unmountMerged(path + "/" + mergedName); err != nil {
 		return err
 	}
 	state.mounts = 0
 	return nil
 }
 
-// unmountMerged detaches the mount at merged, if there is one, and removes the
-// directory, which also detaches it in other mount namespaces (3.18, commit 8ed936b5671b).
-func (d *Driver) unmountMerged(l *layer) error {
-	path := l.path(mergedName)
+// checkMounted returns ErrNotMounted unless something is mounted at the layer's merged, as a
+// process that is no more has left it.
+func (d *Driver) checkMounted(id string) error {
+	l, err := openLayer(d.home, id)
+	if err != nil {
+		return err
+	}
+	defer l.close()
+	mounted, err := l.mounted()
+	if err == nil && !mounted {
+		err = ErrNotMounted
+	}
+	return err
+}
+
+// unmountMerged detaches the mount at path, a layer's merged, if there is one, and removes
+// the directory, which also detaches it in other mount namespaces (3.18, commit 8ed936b5671b).
+func (d *Driver) unmountMerged(path string) error {
 	if err := unmountGone(path); err != nil {
 		return err
 	}
 	// Not a reason to keep the layer counted: the mount is gone. Get takes the directory as it is.
-	if err := unix.Unlinkat(l.fd, mergedName, unix.AT_REMOVEDIR); err != nil && err != unix.ENOENT {
+	if err := unix.Rmdir(path); err != nil && err != unix.ENOENT {
 		d.log.WithError(err).WithField("path", path).Debug("overlay2: mount point stays")
 	}
 	return nil

@@ -18,8 +18,8 @@ const (
 	// everything else are pageRoom bytes, so that a page of 4 KiB holds as many layers as Docker allows.
 	linkRoom = len(linkPrefix) + linkid.Length + 1
 	pageRoom = 4096 - 128*linkRoom
-	// threadLowers is the number of layers from which a thread of its own, for names relative
-	// to the home, costs less than telling the new API each name (measured; the two meet at about 80).
+	// threadLowers is the number of layers from which a thread of its own that stands in the home
+	// costs less than the kernel's walk to the home for each name (measured; they meet at about 80).
 	threadLowers = 80
 )
 
@@ -59,6 +59,9 @@ func (s mountSpec) mount(target string, method MountMethod, f facts) error {
 		return s.mountDescriptors(target)
 	}
 	if data, ok := s.fitting(s.home + "/"); ok {
+		if err := s.checkAll(); err != nil {
+			return err
+		}
 		return sys.MountOverlay(s.home+"/"+target, data, 0)
 	}
 	newAPI := method == MountAuto && f.newAPI == yes
@@ -68,6 +71,9 @@ func (s mountSpec) mount(target string, method MountMethod, f facts) error {
 	data := s.data("")
 	switch {
 	case len(data) <= sys.MaxMountData():
+		if err := s.checkAll(); err != nil {
+			return err
+		}
 		return sys.MountOverlayFrom(s.home, target, data, 0)
 	case newAPI:
 		return s.mountNew(target)
@@ -91,15 +97,17 @@ func (s mountSpec) mountNew(target string) (err error) {
 // detached returns a descriptor of the overlay's mount, which is in no mount table. attrs
 // are MOUNT_ATTR_*.
 func (s mountSpec) detached(attrs int) (fd int, err error) {
-	c, err := sys.OpenFS("overlay")
-	if err != nil {
-		return -1, err
-	}
-	defer func() { err = errors.Join(err, c.Close()) }()
 	prefix := s.home + "/"
-	// lowerdir+ takes a name as it is, but upperdir wants backslashes doubled; and no name
-	// may be longer than a string of fsconfig(2). An open home has a name that is short and plain.
-	if strings.Contains(prefix, `\`) || len(prefix)+s.longestName() > sys.MaxFsconfigString {
+	switch {
+	case len(s.lowers) >= threadLowers:
+		err = sys.OnOwnThreadIn(s.home, func() error {
+			fd, err = s.detachedFrom("", attrs)
+			return err
+		})
+		return fd, err
+	case strings.Contains(prefix, `\`) || len(prefix)+s.longestName() > sys.MaxFsconfigString:
+		// lowerdir+ takes a name as it is, but upperdir wants backslashes doubled; and no name
+		// may be longer than a string of fsconfig(2). An open home has a name that is short and plain.
 		homefd, err := sys.OpenRoot(s.home)
 		if err != nil {
 			return -1, err
@@ -107,9 +115,22 @@ func (s mountSpec) detached(attrs int) (fd int, err error) {
 		defer func() { err = errors.Join(err, sys.Close(homefd)) }()
 		prefix = sys.ProcPath(homefd) + "/"
 	}
+	return s.detachedFrom(prefix, attrs)
+}
+
+// detachedFrom is detached with a prefix for names, empty where the thread stands in home.
+func (s mountSpec) detachedFrom(prefix string, attrs int) (fd int, err error) {
+	c, err := sys.OpenFS("overlay")
+	if err != nil {
+		return -1, err
+	}
+	defer func() { err = errors.Join(err, c.Close()) }()
 	c.Set("source", "overlay")
-	for _, lower := range s.lowers {
-		c.Set("lowerdir+", prefix+lower)
+	for i, lower := range s.lowers {
+		if err := s.check(i); err != nil {
+			return -1, err
+		}
+		c.Set("lowerdir+", prefix+s.dir+lower)
 	}
 	if s.upper != "" {
 		c.Set("upperdir", prefix+s.upper)
@@ -134,7 +155,7 @@ func (s mountSpec) longestName() int {
 	for _, lower := range s.lowers {
 		n = max(n, len(lower))
 	}
-	return n
+	return n + len(s.dir)
 }
 
 // mountDescriptors mounts the overlay at target by mount(2), with the numbers of open
@@ -158,25 +179,26 @@ func (s mountSpec) mountDescriptors(target string) (err error) {
 		fds = append(fds, fd)
 		return strconv.Itoa(fd), nil
 	}
-	numbers, ids := s, s.ids
-	if s.upper != "" {
-		if numbers.upper, err = open(ids[0] + "/" + diffName); err != nil {
-			return err
-		}
-		if numbers.work, err = open(ids[0] + "/" + workName); err != nil {
-			return err
-		}
-		ids = ids[1:]
+	if err := s.checkAll(); err != nil {
+		return err
 	}
-	numbers.lowers = make([]string, len(ids))
-	for i, id := range ids {
-		if numbers.lowers[i], err = open(id + "/" + diffName); err != nil {
+	numbers := s
+	if numbers.dirs(); s.upper != "" {
+		if numbers.upper, err = open(numbers.upper); err != nil {
+			return err
+		}
+		if numbers.work, err = open(numbers.work); err != nil {
+			return err
+		}
+	}
+	for i := range numbers.lowers {
+		if numbers.lowers[i], err = open(numbers.lowers[i]); err != nil {
 			return err
 		}
 	}
 	data := numbers.data("")
 	if len(data) > sys.MaxMountData() {
-		return fmt.Errorf("%w: numbers of %d layers take %d bytes", ErrMountTooLong, len(ids), len(data))
+		return fmt.Errorf("%w: numbers of %d layers take %d bytes", ErrMountTooLong, len(s.lowers), len(data))
 	}
 	return sys.MountOverlayAtFDs(s.home+"/"+target, data, 0)
 }

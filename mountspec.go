@@ -4,6 +4,7 @@ package overlay2
 
 import (
 	"errors"
+	"slices"
 	"strings"
 
 	"github.com/bcc2decd/overlay2/internal/sys"
@@ -15,14 +16,15 @@ import (
 // escaping there: links are base32, and upper and work are reached through a link.
 type mountSpec struct {
 	home    string
+	dir     string   // before each of lowers: "l/"
 	lowers  []string // nearest first
 	upper   string   // empty for a read-only mount
 	work    string
 	options []string
 	label   string
-	// ids are the layers' IDs: the lowers' and, before them, that of upper if there is one.
-	// Only ways that open the directories themselves need them.
-	ids []string
+	// chain are the layers, that of upper first if there is one; its first is checked. Nil if
+	// the names are no links.
+	chain *chain
 }
 
 // data returns the option string of mount(2), each name after prefix, which is either
@@ -30,17 +32,19 @@ type mountSpec struct {
 func (s mountSpec) data(prefix string) string {
 	prefix = escapeMountName(prefix)
 	var b strings.Builder
+	b.Grow(len(s.lowers)*(len(prefix)+linkRoom) + 2*len(prefix) + pageRoom)
 	b.WriteString("lowerdir=")
 	for i, lower := range s.lowers {
 		if i > 0 {
 			b.WriteByte(':')
 		}
 		b.WriteString(prefix)
-		b.WriteString(escapeMountName(lower))
+		b.WriteString(s.dir)
+		b.WriteString(lower)
 	}
 	if s.upper != "" {
-		b.WriteString(",upperdir=" + prefix + escapeMountName(s.upper))
-		b.WriteString(",workdir=" + prefix + escapeMountName(s.work))
+		b.WriteString(",upperdir=" + prefix + s.upper)
+		b.WriteString(",workdir=" + prefix + s.work)
 	}
 	for _, o := range s.options {
 		b.WriteString("," + o)
@@ -55,6 +59,44 @@ func (s mountSpec) fitting(prefix string) (data string, ok bool) {
 	}
 	data = s.data(prefix)
 	return data, len(data) <= sys.MaxMountData()
+}
+
+// check checks a lower layer.
+func (s mountSpec) check(i int) error {
+	if s.chain == nil {
+		return nil
+	}
+	if s.upper != "" {
+		i++
+	}
+	return s.chain.check(i)
+}
+
+// checkAll checks all of them.
+func (s mountSpec) checkAll() error {
+	for i := range s.lowers {
+		if err := s.check(i); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// dirs puts the directories that the links lead to in their place.
+func (s *mountSpec) dirs() {
+	s.lowers = slices.Clone(s.lowers)
+	if s.chain == nil {
+		return
+	}
+	known := s.chain.known
+	if s.upper != "" {
+		s.upper, s.work = known[0].id+"/"+diffName, known[0].id+"/"+workName
+		known = known[1:]
+	}
+	s.dir = ""
+	for i, k := range known {
+		s.lowers[i] = k.id + "/" + diffName
+	}
 }
 
 // mountNameEscaper puts a backslash before what separates options and layers

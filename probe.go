@@ -182,7 +182,6 @@ func (f *facts) probeLayers(tmp string, opts Options) error {
 		lowers:  []string{"l1/diff", "l2/diff"},
 		upper:   "up/diff",
 		work:    "up/work",
-		ids:     []string{"up", "l1", "l2"},
 		options: append(f.mountOptions(), opts.MountOptions...),
 	}
 	if err := spec.mount(mergedName, MountLegacy, *f); err != nil {
@@ -221,7 +220,7 @@ func mountAnswer(err error) answer {
 
 // probeNewAPI makes a read-only mount that it does not attach.
 func (f *facts) probeNewAPI(spec mountSpec) {
-	spec.upper, spec.work, spec.ids = "", "", spec.ids[1:]
+	spec.upper, spec.work = "", ""
 	fd, err := spec.detached(0)
 	if err == nil {
 		err = sys.Close(fd)

@@ -45,6 +45,22 @@ func ReadFileAt(dirfd int, name string, limit int) (data []byte, err error) {
 	}
 }
 
+// ReadStartAt reads the file name beneath dirfd into buf by one call and returns what it got.
+// It is for files whose content the caller checks to the last byte and which fill buf only if
+// they are too long: no call is spent on what kind of file it is. A directory is EISDIR, a fifo is empty.
+func ReadStartAt(dirfd int, name string, buf []byte) ([]byte, error) {
+	fd, err := Openat(dirfd, name, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = Close(fd) }()
+	n, err := Read(fd, buf)
+	if err != nil {
+		return nil, err
+	}
+	return buf[:n], nil
+}
+
 // WriteFileAt makes the file name beneath dirfd, which must not exist, with exactly
 // this mode whatever the umask.
 func WriteFileAt(dirfd int, name string, data []byte, mode uint32) (err error) {

@@ -61,11 +61,16 @@ func MountOverlay(target, data string, flags uintptr) error {
 // directory dir. It runs on a thread of its own with a working directory of its own
 // (unshare CLONE_FS), which is thrown away: the process's working directory never changes.
 func MountOverlayFrom(dir, target, data string, flags uintptr) error {
+	return OnOwnThreadIn(dir, func() error { return MountOverlay(target, data, flags) })
+}
+
+// OnOwnThreadIn is OnOwnThread with the directory dir as the thread's working directory.
+func OnOwnThreadIn(dir string, f func() error) error {
 	return OnOwnThread(func() error {
 		if err := unix.Chdir(dir); err != nil {
-			return &MountError{Call: "chdir", Target: dir, Data: data, Err: err}
+			return &MountError{Call: "chdir", Target: dir, Err: err}
 		}
-		return MountOverlay(target, data, flags)
+		return f()
 	})
 }
 
