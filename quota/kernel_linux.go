@@ -112,7 +112,8 @@ func blocks(n uint64) uint64 {
 // getXattr returns the project and flags of an open file.
 func getXattr(fd int) (fsxattr, error) {
 	var x fsxattr
-	return x, ioctl(fd, ioctlGetXattr, &x)
+	err := ioctl(fd, ioctlGetXattr, &x)
+	return x, err
 }
 
 // setXattr sets the project and flags of an open file.

@@ -21,7 +21,7 @@ func (c *Control) probe(fd int) error {
 		return err
 	}
 	c.dev = uint64(st.Dev)
-	name, how := "", ""
+	var name, how string
 	switch uint32(fs.Type) {
 	case unix.XFS_SUPER_MAGIC:
 		name = "xfs"

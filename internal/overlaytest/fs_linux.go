@@ -70,9 +70,12 @@ func MountFS(t testing.TB, fs FS) string {
 	return dir
 }
 
-// given reports whether the environment names a directory that is as good as a new filesystem.
+// given reports whether the environment names a directory that is as good as a new
+// filesystem: those have project quotas where the kernel can.
 func (fs FS) given() bool {
-	return os.Getenv(dirEnv(fs.Name)) != "" && (fs.Options == "" || fs.Options == "prjquota") && fs.Size == 0
+	plain := fs.Size == 0 && (fs.Options == "" || fs.Options == "prjquota") &&
+		(len(fs.Mkfs) == 0 || slices.Equal(fs.Mkfs, []string{"-O", "quota,project"}))
+	return plain && os.Getenv(dirEnv(fs.Name)) != ""
 }
 
 // mountFS makes and mounts fs; what it returns undoes all of it.

@@ -27,7 +27,8 @@ type guest struct {
 	testFS string
 	// pageSize is what the kernel must have, 0 if it doesn't matter.
 	pageSize int
-	timeout  time.Duration
+	// timeout bounds the whole; a guest that hangs is found by its silence.
+	timeout time.Duration
 }
 
 const (
@@ -44,20 +45,20 @@ func guests() []guest {
 	return []guest{
 		{
 			name: "uml-6.1", uml: true, arch: "amd64", disks: disks,
-			require: needsAll, testFS: noTmpfs, timeout: 10 * time.Minute,
+			require: needsAll, testFS: noTmpfs, timeout: 20 * time.Minute,
 		},
 		{
 			name: "qemu-6.12", arch: "amd64", kernel: "linux-image-6.12-cloud-amd64", disks: disks,
-			require: needsAll, timeout: 15 * time.Minute,
+			require: needsAll, timeout: 30 * time.Minute,
 		},
 		{
 			name: "qemu-6.1", all: true, arch: "amd64", kernel: "linux-image-cloud-amd64", disks: disks,
-			require: needsAll, testFS: noTmpfs, timeout: 20 * time.Minute,
+			require: needsAll, testFS: noTmpfs, timeout: 30 * time.Minute,
 		},
 		{
 			name: "selinux-6.12", all: true, arch: "amd64", kernel: "linux-image-6.12-cloud-amd64", disks: disks,
 			append: "security=selinux selinux=1 enforcing=0", selinux: true,
-			require: needsAll + ",selinux", timeout: 20 * time.Minute,
+			require: needsAll + ",selinux", timeout: 30 * time.Minute,
 		},
 		{
 			// mkfs would need the host's programs, which are for another processor.

@@ -151,7 +151,8 @@ func (m *machine) qemu(c spec.Config, images []string) (*exec.Cmd, error) {
 		console = "hvc0"
 		model = []string{"-M", "pseries,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off", "-cpu", "power9"}
 	}
-	args := append(model,
+	args := model
+	args = append(args,
 		"-accel", "tcg,thread=multi,tb-size=256", "-m", memory, "-smp", "2", "-kernel", image, "-initrd", rd,
 		"-append", "console="+console+" panic=-1 loglevel=4 random.trust_cpu=1 mitigations=off vmtest=/config.json "+m.guest.append,
 		"-nodefaults", "-display", "none", "-monitor", "none", "-no-reboot",

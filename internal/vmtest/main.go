@@ -36,8 +36,9 @@ func main() {
 	flag.BoolVar(&o.verbose, "v", false, "show the whole console")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	if err := vmtest(ctx, o); err != nil {
+	err := vmtest(ctx, o)
+	stop()
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "vmtest:", err)
 		os.Exit(1)
 	}
@@ -130,7 +131,7 @@ func runGuest(ctx context.Context, o options, g guest) (err error) {
 
 // testArgs are the arguments of each test binary.
 func testArgs(o options, g guest) []string {
-	args := []string{"-test.v", "-test.timeout=" + (g.timeout * 4 / 5).String()}
+	args := []string{"-test.v", "-test.timeout=" + g.timeout.String()}
 	if o.run != "" {
 		args = append(args, "-test.run="+o.run)
 	}

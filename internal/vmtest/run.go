@@ -12,9 +12,13 @@ import (
 	"runtime"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/bcc2decd/overlay2/internal/vmtest/spec"
 )
+
+// silence is how long a guest may say nothing: tests are shorter, on a busy host too.
+const silence = 6 * time.Minute
 
 // consoleLines is how much of the console is shown when a guest dies.
 const consoleLines = 150
@@ -22,8 +26,10 @@ const consoleLines = 150
 // run starts the guest and follows its console until it ends, or kills it at the
 // deadline. What it printed last is shown if it did not end as it should.
 func (m *machine) run(ctx context.Context, verbose bool) (*report, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, m.guest.timeout, fmt.Errorf("hangs: killed after %v", m.guest.timeout))
+	ctx, cancel := context.WithTimeoutCause(ctx, m.guest.timeout, fmt.Errorf("not done after %v", m.guest.timeout))
 	defer cancel()
+	ctx, kill := context.WithCancelCause(ctx)
+	defer kill(nil)
 	cmd, err := m.command()
 	if err != nil {
 		return nil, err
@@ -48,11 +54,13 @@ func (m *machine) run(ctx context.Context, verbose bool) (*report, error) {
 	if err := errors.Join(cmd.Start(), w.Close()); err != nil {
 		return nil, err
 	}
+	quiet := time.AfterFunc(silence, func() { kill(fmt.Errorf("hangs: said nothing for %v", silence)) })
+	defer quiet.Stop()
 	stop := context.AfterFunc(ctx, func() {
 		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // it may have ended by itself
 	})
 	defer stop()
-	r := &report{guest: m.guest, verbose: verbose}
+	r := &report{guest: m.guest, verbose: verbose, alive: func() { quiet.Reset(silence) }}
 	readErr := r.read(console)
 	waitErr := cmd.Wait()
 	if err := ctx.Err(); err != nil {
@@ -77,7 +85,8 @@ type report struct {
 	runs    []result
 	failed  bool
 
-	test []string // output of the test that is running
+	alive func()   // called for every line
+	test  []string // output of the test that is running
 }
 
 // result is how the tests of one package went.
@@ -96,6 +105,9 @@ func (r *report) read(console io.Reader) error {
 	for {
 		line, err := lines.ReadString('\n')
 		if line != "" {
+			if r.alive != nil {
+				r.alive()
+			}
 			line = strings.TrimRight(line, "\r\n")
 			if r.console = append(r.console, line+"\n"); len(r.console) > consoleLines {
 				r.console = r.console[1:]

@@ -107,7 +107,8 @@ func config() (spec.Config, error) {
 			if err != nil {
 				return c, err
 			}
-			return c, json.Unmarshal(text, &c)
+			err = json.Unmarshal(text, &c)
+			return c, err
 		}
 	}
 	return c, errors.New("no vmtest= on the kernel's command line")
