@@ -18,15 +18,23 @@ func layerDirs(t *testing.T, n int) (layers []string, work string) {
 	t.Helper()
 	base, err := os.MkdirTemp("", "view") // t.TempDir keeps the commas of the test name
 	must(t, err)
-	t.Cleanup(func() { must(t, os.Remove(base)) })
+	t.Cleanup(func() { must(t, os.RemoveAll(base)) })
 	if err := unix.Mount("tmpfs", base, "tmpfs", 0, ""); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
+	umount := func() {
 		if err := unix.Unmount(base, unix.MNT_DETACH); err != nil {
 			t.Error(err)
 		}
-	})
+	}
+	// Before Linux 6.6 tmpfs has no user.* xattrs: then it is the filesystem below.
+	if err := unix.Setxattr(base, "user.test", nil, 0); err == unix.EOPNOTSUPP {
+		umount()
+	} else {
+		must(t, err)
+		must(t, unix.Removexattr(base, "user.test"))
+		t.Cleanup(umount)
+	}
 	for i := range n {
 		dir := filepath.Join(base, fmt.Sprint("d", i))
 		must(t, os.Mkdir(dir, 0o755))
