@@ -71,7 +71,7 @@ func (a *app) create(name, from, size string) error {
 		if d.Exists(name) {
 			return fmt.Errorf("layer %q %w, made by somebody else", name, store.ErrExists)
 		}
-		if err := a.store.PutLayer(l); err != nil {
+		if err := a.store.StageLayer(l); err != nil {
 			return err
 		}
 		var opts *overlay2.CreateOpts
@@ -79,7 +79,7 @@ func (a *app) create(name, from, size string) error {
 			opts = &overlay2.CreateOpts{StorageOpt: map[string]string{"size": size}}
 		}
 		if err := d.CreateReadWrite(name, l.Parent, opts); err != nil {
-			return errors.Join(err, a.store.DeleteLayer(name))
+			return errors.Join(err, a.store.DeleteLayers(name))
 		}
 		l.Pending = false
 		return a.store.PutLayer(l)

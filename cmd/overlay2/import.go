@@ -260,6 +260,12 @@ func (a *app) importOne(d *overlay2.Driver, bars *progress, name string, img *im
 		r.Layers = append(r.Layers, importedLayer{id, l.DiffID.String(), have.Size, fresh})
 		parent = id
 	}
+	// The image's record promises that its layers are there, after a power cut too.
+	if len(made) > 0 {
+		if err := a.store.Sync(); err != nil {
+			return r, err
+		}
+	}
 	if err := a.store.PutImage(record); err != nil {
 		return r, err
 	}

@@ -33,22 +33,19 @@ func (a *app) haveLayer(d *overlay2.Driver, id string) (*store.Layer, error) {
 
 // removeLayers removes layers, the last first.
 func (a *app) removeLayers(d *overlay2.Driver, ids []string) error {
-	for _, id := range slices.Backward(ids) {
+	for i, id := range slices.Backward(ids) {
 		// The record goes last: whatever has no record is no layer of ours.
 		if err := d.Remove(id); err != nil {
-			return err
-		}
-		if err := a.store.DeleteLayer(id); err != nil {
-			return err
+			return errors.Join(err, a.store.DeleteLayers(ids[i+1:]...))
 		}
 	}
-	return nil
+	return a.store.DeleteLayers(ids...)
 }
 
 // addLayer makes an image layer of a stream. It is whole and verified, or not there.
 func (a *app) addLayer(d *overlay2.Driver, id, parent string, l image.Layer, b bar) (record *store.Layer, err error) {
 	record = &store.Layer{ID: id, Parent: parent, Kind: store.KindImage, DiffID: l.DiffID, Created: now(), Pending: true}
-	if err := a.store.PutLayer(record); err != nil {
+	if err := a.store.StageLayer(record); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -63,7 +60,7 @@ func (a *app) addLayer(d *overlay2.Driver, id, parent string, l image.Layer, b b
 		return nil, err
 	}
 	record.Pending = false
-	return record, a.store.PutLayer(record)
+	return record, a.store.StageLayer(record)
 }
 
 // fillLayer unpacks the stream into the new layer, and keeps how to make its bytes again.

@@ -160,17 +160,13 @@ func (a *app) releaseLayers(d *overlay2.Driver, ids []string) (removed []string,
 	for _, l := range layers {
 		needed[l.Parent]++
 	}
-	for i, id := range slices.Backward(ids) {
-		if needed[id] > 0 {
-			break
-		}
-		if err := a.removeLayers(d, []string{id}); err != nil {
-			return removed, err
-		}
-		removed = append(removed, id)
-		if i > 0 {
-			needed[ids[i-1]]-- // it was this layer's parent
+	keep := len(ids)
+	for keep > 0 && needed[ids[keep-1]] == 0 {
+		if keep--; keep > 0 {
+			needed[ids[keep-1]]-- // the layer that goes was a child of this one
 		}
 	}
-	return removed, nil
+	removed = slices.Clone(ids[keep:])
+	slices.Reverse(removed)
+	return removed, a.removeLayers(d, ids[keep:])
 }

@@ -88,6 +88,7 @@ func (r *Recorder) Read(p []byte) (int, error) {
 }
 
 // Keep puts the split in its place, if there is one. The tar must have been read to its end.
+// The caller flushes it to the disk.
 func (r *Recorder) Keep() error {
 	if r.end != io.EOF {
 		return fmt.Errorf("tar-split: the tar was not read to its end: %w", r.end)
@@ -98,9 +99,6 @@ func (r *Recorder) Keep() error {
 	<-r.done
 	if !r.whole {
 		return nil
-	}
-	if err := r.tmp.Sync(); err != nil {
-		return err
 	}
 	return os.Rename(r.tmp.Name(), r.path)
 }

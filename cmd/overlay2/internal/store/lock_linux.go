@@ -1,6 +1,7 @@
 package store
 
 import (
+	"errors"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -16,4 +17,16 @@ func tryLock(f *os.File) (bool, error) {
 	default:
 		return false, err
 	}
+}
+
+// Sync waits until all that was written to the store is on the disk, the layers too.
+func (s *Store) Sync() error {
+	d, err := os.Open(s.root)
+	if err != nil {
+		return err
+	}
+	if err := unix.Syncfs(int(d.Fd())); err != nil {
+		return errors.Join(&os.PathError{Op: "syncfs", Path: s.root, Err: err}, d.Close())
+	}
+	return d.Close()
 }

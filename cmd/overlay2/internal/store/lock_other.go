@@ -8,3 +8,6 @@ import (
 )
 
 func tryLock(*os.File) (bool, error) { return false, errors.ErrUnsupported }
+
+// Sync is of Linux.
+func (s *Store) Sync() error { return errors.ErrUnsupported }

@@ -230,7 +230,13 @@ func (s *Store) Layer(id string) (*Layer, error) {
 		return nil, fmt.Errorf("layer %q %w", id, ErrNotFound)
 	}
 	var l Layer
-	if err := s.read(s.layerPath(id), &l); err != nil {
+	switch err := s.read(s.layerPath(id), &l); {
+	case errors.Is(err, errEmpty): // see StageLayer
+		l = Layer{ID: id, Kind: KindContainer, Pending: true}
+		if fullID.MatchString(id) {
+			l.Kind = KindImage
+		}
+	case err != nil:
 		return nil, notFound("layer", id, err)
 	}
 	if l.ID != id || (l.Parent != "" && !containerName.MatchString(l.Parent)) || (l.Kind == KindImage) != fullID.MatchString(id) {
@@ -259,13 +265,20 @@ func (s *Store) Layers() ([]*Layer, error) {
 	return all, nil
 }
 
-// PutLayer writes a layer's record, in the place of an older one. That of a pending layer may
-// be lost if the power fails: a layer without a record is none either.
-func (s *Store) PutLayer(l *Layer) error { return s.write(s.layerPath(l.ID), l, !l.Pending) }
+// PutLayer writes a layer's record, in the place of an older one.
+func (s *Store) PutLayer(l *Layer) error { return s.write(s.layerPath(l.ID), l, true) }
 
-// DeleteLayer removes a layer's records.
-func (s *Store) DeleteLayer(id string) error {
-	return errors.Join(s.remove(s.SplitPath(id)), s.remove(s.layerPath(id)))
+// StageLayer is PutLayer without waiting for the disk. If the power fails before Sync the record
+// may be gone, or empty: then the layer counts as never finished.
+func (s *Store) StageLayer(l *Layer) error { return s.write(s.layerPath(l.ID), l, false) }
+
+// DeleteLayers removes the records of layers.
+func (s *Store) DeleteLayers(ids ...string) error {
+	var errs []error
+	for _, id := range ids {
+		errs = append(errs, ignoreAbsent(os.Remove(s.SplitPath(id))), ignoreAbsent(os.Remove(s.layerPath(id))))
+	}
+	return errors.Join(append(errs, syncDir(filepath.Join(s.root, layerDir)))...)
 }
 
 // Chain returns the layer id and its ancestors, nearest first.
@@ -333,11 +346,17 @@ func (s *Store) read(path string, v any) error {
 	if err != nil {
 		return err
 	}
+	if len(b) == 0 {
+		return fmt.Errorf("%w: %s: %w", ErrRecord, path, errEmpty)
+	}
 	if err := json.Unmarshal(b, v); err != nil {
 		return fmt.Errorf("%w: %s: %w", ErrRecord, path, err)
 	}
 	return nil
 }
+
+// errEmpty says that a record has no content: the power failed before it was on the disk.
+var errEmpty = errors.New("it is empty")
 
 func notFound(what, name string, err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
