@@ -18,6 +18,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 )
 
 // tarOf makes a tar of name, content pairs. A name that ends in / is a directory.
@@ -381,5 +382,21 @@ func TestImportTarOfTar(t *testing.T) {
 	}
 	o.do("import", path)
 	o.do("rm", "x")
+	o.empty()
+}
+
+// A disk that is full: the error says so, and nothing is left.
+func TestNoSpace(t *testing.T) {
+	o := newTool(t)
+	must(t, os.Mkdir(o.root, 0o700))
+	must(t, unix.Mount("overlay2-test", o.root, "tmpfs", 0, "size=1500k"))
+	defer func() { must(t, unix.Unmount(o.root, 0)) }()
+	o.fails(exitFailure, "no space left on device", "import", shipped)
+	o.do("check")
+	o.empty()
+	b, err := os.ReadFile(shipped)
+	must(t, err)
+	o.in = bytes.NewReader(append(b, make([]byte, 1<<20)...))
+	o.fails(exitFailure, "no space left on device", "import", "-")
 	o.empty()
 }
