@@ -102,7 +102,7 @@ func (h *tarHeader) fields(e *tarEntry) (size int64, err error) {
 			return 0
 		}
 		if n, err = h.number(f); err != nil {
-			err = malformed("%q: %s: %w", cString(h.bytes(nameField)), what, err)
+			err = malformed("%s: %w", what, err)
 		}
 		return n
 	}
@@ -128,7 +128,7 @@ func clamp32(n int64) uint32 {
 }
 
 // names returns the name with its prefix, and the link's target.
-func (h *tarHeader) names() (name, link string, err error) {
+func (h *tarHeader) names() (name, link string) {
 	name, link = cString(h.bytes(nameField)), cString(h.bytes(linkField))
 	prefix := ""
 	switch {
@@ -142,7 +142,7 @@ func (h *tarHeader) names() (name, link string, err error) {
 	if prefix != "" {
 		name = prefix + "/" + name
 	}
-	return name, link, nil
+	return name, link
 }
 
 // gnuWithPrefix says that a GNU header has a prefix all the same, where its times

@@ -36,8 +36,8 @@ func (p *paxRecords) parse(b []byte) error {
 		if blank <= 0 {
 			return malformed("extended header: no length in %.20q", b)
 		}
-		n, err := strconv.ParseUint(string(b[:blank]), 10, 31)
-		if err != nil || int(n) > len(b) || int(n) < blank+len(" k=\n") || b[n-1] != '\n' {
+		n, ok := parseLength(b[:blank])
+		if !ok || n > len(b) || n < blank+len(" k=\n") || b[n-1] != '\n' {
 			return malformed("extended header: wrong length in %.20q", b)
 		}
 		record := b[blank+1 : n-1]
@@ -46,27 +46,33 @@ func (p *paxRecords) parse(b []byte) error {
 		if eq <= 0 {
 			return malformed("extended header: no key in %.20q", record)
 		}
-		if err := p.set(string(record[:eq]), record[eq+1:]); err != nil {
+		if err := p.set(record[:eq], record[eq+1:]); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (p *paxRecords) set(key string, value []byte) error {
-	if strings.IndexByte(key, 0) >= 0 {
-		return malformed("extended header: NUL in the key %.40q", key)
+// parseLength reads a record's length: digits, and not more than a header can have.
+func parseLength(b []byte) (n int, ok bool) {
+	for _, c := range b {
+		if c < '0' || c > '9' || n > maxMeta {
+			return 0, false
+		}
+		n = n*10 + int(c-'0')
 	}
-	switch key {
-	case "path", "linkpath":
-		if bytes.IndexByte(value, 0) >= 0 {
-			return malformed("extended header: NUL in a name")
-		}
-		if key == "path" {
-			p.path = value
-		} else {
-			p.linkpath = value
-		}
+	return n, true
+}
+
+// set takes in one record; of these most are "mtime", so that no string is made of a key before it must.
+func (p *paxRecords) set(key, value []byte) error {
+	switch string(key) {
+	case "path":
+		p.path = value
+		return checkName(value)
+	case "linkpath":
+		p.linkpath = value
+		return checkName(value)
 	case "size":
 		p.size = value
 	case "uid":
@@ -78,13 +84,30 @@ func (p *paxRecords) set(key string, value []byte) error {
 	case "atime":
 		p.atime = value
 	default:
-		if name, ok := strings.CutPrefix(key, schilyXattr); ok && name != "" {
-			return p.setXattr(unescapeKey(name), string(value))
-		} else if name, ok := strings.CutPrefix(key, libarchiveXattr); ok && name != "" {
-			return p.setLibarchive(name, value)
-		} else if name, ok := strings.CutPrefix(key, "GNU.sparse."); ok {
-			return p.sparse.set(name, value)
-		}
+		return p.setOther(string(key), value)
+	}
+	return nil
+}
+
+func (p *paxRecords) setOther(key string, value []byte) error {
+	if strings.IndexByte(key, 0) >= 0 {
+		return malformed("extended header: NUL in the key %.40q", key)
+	}
+	if name, ok := strings.CutPrefix(key, schilyXattr); ok && name != "" {
+		return p.setXattr(unescapeKey(name), string(value))
+	}
+	if name, ok := strings.CutPrefix(key, libarchiveXattr); ok && name != "" {
+		return p.setLibarchive(name, value)
+	}
+	if name, ok := strings.CutPrefix(key, "GNU.sparse."); ok {
+		return p.sparse.set(name, value)
+	}
+	return nil
+}
+
+func checkName(name []byte) error {
+	if bytes.IndexByte(name, 0) >= 0 {
+		return malformed("extended header: NUL in a name")
 	}
 	return nil
 }
@@ -125,7 +148,7 @@ func (p *paxRecords) apply(global *paxRecords, e *tarEntry, size int64) (int64, 
 	if len(p.size) > 0 {
 		n, err := strconv.ParseInt(string(p.size), 10, 64)
 		if err != nil {
-			return 0, malformed("%q: size: %w", e.name, err)
+			return 0, malformed("size: %w", err)
 		}
 		size = n
 	}
@@ -137,25 +160,25 @@ func (p *paxRecords) apply(global *paxRecords, e *tarEntry, size int64) (int64, 
 		if v := orGlobal(id.own, id.inherited); len(v) > 0 {
 			n, err := strconv.ParseInt(string(v), 10, 64)
 			if err != nil {
-				return 0, malformed("%q: %s: %w", e.name, id.what, err)
+				return 0, malformed("%s: %w", id.what, err)
 			}
 			*id.to = clamp32(n)
 		}
 		if *id.to > maxID {
-			return 0, malformed("%q: %s is out of range", e.name, id.what)
+			return 0, malformed("%s is out of range", id.what)
 		}
 	}
 	if v := orGlobal(p.mtime, global.mtime); len(v) > 0 {
 		t, ok := parseTime(string(v))
 		if !ok {
-			return 0, malformed("%q: mtime %.40q", e.name, v)
+			return 0, malformed("mtime %.40q", v)
 		}
 		e.mtime = t
 	}
 	if v := orGlobal(p.atime, global.atime); len(v) > 0 {
 		t, ok := parseTime(string(v))
 		if !ok {
-			return 0, malformed("%q: atime %.40q", e.name, v)
+			return 0, malformed("atime %.40q", v)
 		}
 		e.atime, e.hasAtime = t, true
 	}

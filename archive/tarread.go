@@ -74,7 +74,8 @@ type tarReader struct {
 	src stream
 	// left is the length of the body not read yet, pad that of the padding behind it.
 	left, pad int64
-	meta      []byte // of the extended header in force
+	meta      []byte // holds the extended header in force
+	long      []byte // holds a long name
 	pax       paxRecords
 	global    paxRecords
 	ended     bool
@@ -114,28 +115,28 @@ func (t *tarReader) next(e *tarEntry) error {
 			return t.entry(h, kind, longName, longLink, e)
 		}
 		extended = true
-		meta, err := t.readMeta(h)
-		if err != nil {
-			return err
-		}
 		switch kind {
 		case typeGlobal:
 			// Only what makes sense for several entries counts of it: owners and times.
 			t.global.reset()
-			if err := t.global.parse(bytes.Clone(meta)); err != nil {
-				return err
+			if t.long, err = t.readMeta(h, t.long); err == nil {
+				err = t.global.parse(bytes.Clone(t.long))
 			}
 			extended = false
 		case typeExt:
 			t.pax.reset()
-			if err := t.pax.parse(meta); err != nil {
-				return err
+			if t.meta, err = t.readMeta(h, t.meta); err == nil {
+				err = t.pax.parse(t.meta)
 			}
-			t.meta = nil // the records point into it
 		case typeGNUName:
-			longName = cString(meta)
+			t.long, err = t.readMeta(h, t.long)
+			longName = cString(t.long)
 		case typeGNULink:
-			longLink = cString(meta)
+			t.long, err = t.readMeta(h, t.long)
+			longLink = cString(t.long)
+		}
+		if err != nil {
+			return err
 		}
 	}
 }
@@ -181,8 +182,8 @@ func (t *tarReader) cutUnlessEOF(err error) error {
 	return t.cut(err)
 }
 
-// readMeta reads the body of an extended header.
-func (t *tarReader) readMeta(h *tarHeader) ([]byte, error) {
+// readMeta reads the body of an extended header into buf, or a larger one.
+func (t *tarReader) readMeta(h *tarHeader, buf []byte) ([]byte, error) {
 	size, err := h.number(sizeField)
 	if err != nil {
 		return nil, malformed("size of an extended header: %w", err)
@@ -190,10 +191,10 @@ func (t *tarReader) readMeta(h *tarHeader) ([]byte, error) {
 	if size < 0 || size > maxMeta {
 		return nil, malformed("extended header of %d bytes, the limit is %d", size, maxMeta)
 	}
-	if cap(t.meta) < int(size) {
-		t.meta = make([]byte, 0, size)
+	if cap(buf) < int(size) {
+		buf = make([]byte, 0, max(size, blockSize))
 	}
-	meta := t.meta[:0]
+	meta := buf[:0]
 	for left := size; left > 0; {
 		b, err := t.src.some(left)
 		if err != nil {
@@ -208,11 +209,9 @@ func (t *tarReader) readMeta(h *tarHeader) ([]byte, error) {
 // entry fills e from its header and the extended headers before it.
 func (t *tarReader) entry(h *tarHeader, kind byte, longName, longLink string, e *tarEntry) error {
 	*e = tarEntry{kind: kind}
+	e.name, e.link = h.names()
 	size, err := h.fields(e)
 	if err != nil {
-		return err
-	}
-	if e.name, e.link, err = h.names(); err != nil {
 		return err
 	}
 	if size, err = t.pax.apply(&t.global, e, size); err != nil {
@@ -230,7 +229,7 @@ func (t *tarReader) entry(h *tarHeader, kind byte, longName, longLink string, e 
 	}
 	if e.kind == typeReg {
 		if size < 0 || size > math.MaxInt64-blockSize {
-			return malformed("%q: size %d", e.name, size)
+			return malformed("size %d", size)
 		}
 		e.size, t.left, t.pad = size, size, padding(size)
 	}
@@ -254,12 +253,12 @@ func (e *tarEntry) checkKind(flag byte, size int64) error {
 		}
 		// V7 has no type for directories. Its flag is NUL; GNU tar takes '0' so, too.
 		if flag != 0 && size != 0 {
-			return malformed("%q: a file whose name ends in a slash", e.name)
+			return malformed("a file whose name ends in a slash")
 		}
 		e.kind = typeDir
 	case typeLink, typeSymlink, typeChar, typeBlock, typeDir, typeFifo:
 	default:
-		return malformed("%q: unknown type %q", e.name, flag)
+		return malformed("unknown type %q", flag)
 	}
 	return nil
 }
@@ -269,7 +268,7 @@ func (e *tarEntry) checkNumbers() error {
 		return nil
 	}
 	if e.major > maxMajor || e.minor > maxMinor {
-		return malformed("%q: device %d:%d", e.name, e.major, e.minor)
+		return malformed("device %d:%d", e.major, e.minor)
 	}
 	return nil
 }

@@ -91,7 +91,7 @@ func (t *tarReader) readSparse(h *tarHeader, flag byte, e *tarEntry) (err error)
 			err = p.fragments(e)
 		}
 	case p.major != "" || p.minor != "" || p.realsize != "":
-		return malformed("%q: unknown sparse format %.10q.%.10q", e.name, p.major, p.minor)
+		return malformed("unknown sparse format %.10q.%.10q", p.major, p.minor)
 	default:
 		return nil
 	}
@@ -99,7 +99,7 @@ func (t *tarReader) readSparse(h *tarHeader, flag byte, e *tarEntry) (err error)
 		return err
 	}
 	if e.kind != typeReg {
-		return malformed("%q: sparse, and not a regular file", e.name)
+		return malformed("sparse, and not a regular file")
 	}
 	e.sparse = true
 	return e.checkFragments(t.left)
@@ -120,7 +120,7 @@ func (p *paxSparse) apply(e *tarEntry) error {
 	}
 	n, err := strconv.ParseInt(size, 10, 64)
 	if err != nil || n < 0 {
-		return malformed("%q: sparse file of size %.40q", e.name, size)
+		return malformed("sparse file of size %.40q", size)
 	}
 	e.size = n
 	return nil
@@ -129,12 +129,12 @@ func (p *paxSparse) apply(e *tarEntry) error {
 // fragments takes over the map of versions 0.0 and 0.1.
 func (p *paxSparse) fragments(e *tarEntry) error {
 	if len(p.numbers)%2 != 0 {
-		return malformed("%q: sparse map with an odd count of numbers", e.name)
+		return malformed("sparse map with an odd count of numbers")
 	}
 	if p.blocks != "" {
 		n, err := strconv.Atoi(p.blocks)
 		if err != nil || n != len(p.numbers)/2 {
-			return malformed("%q: sparse map of %d fragments, %.20q announced", e.name, len(p.numbers)/2, p.blocks)
+			return malformed("sparse map of %d fragments, %.20q announced", len(p.numbers)/2, p.blocks)
 		}
 	}
 	e.fragments = make([]fragment, 0, len(p.numbers)/2)
@@ -147,11 +147,11 @@ func (p *paxSparse) fragments(e *tarEntry) error {
 // readOldSparse reads GNU's own format: four fragments in the header, then blocks of 21.
 func (t *tarReader) readOldSparse(h *tarHeader, e *tarEntry) error {
 	if !h.isGNU() {
-		return malformed("%q: a sparse file without a GNU header", e.name)
+		return malformed("a sparse file without a GNU header")
 	}
 	size, err := h.number(gnuRealField)
 	if err != nil || size < 0 {
-		return malformed("%q: sparse file's real size", e.name)
+		return malformed("sparse file's real size")
 	}
 	e.size = size
 	more := h.bytes(gnuMoreField)[0] > 0
@@ -177,10 +177,10 @@ func (e *tarEntry) addOldFragments(list []byte) error {
 		offset, err1 := parseNumber(list[:12])
 		length, err2 := parseNumber(list[12:fragmentSize])
 		if err1 != nil || err2 != nil {
-			return malformed("%q: sparse map: no number", e.name)
+			return malformed("sparse map: no number")
 		}
 		if len(e.fragments) == maxFragments {
-			return malformed("%q: sparse map: more than %d fragments", e.name, maxFragments)
+			return malformed("sparse map: more than %d fragments", maxFragments)
 		}
 		e.fragments = append(e.fragments, fragment{offset, length})
 	}
@@ -196,7 +196,7 @@ func (t *tarReader) readSparseBody(e *tarEntry) error {
 		for digits := 0; ; digits++ {
 			if len(block) == 0 {
 				if t.left < blockSize {
-					return 0, malformed("%q: sparse map: longer than the body", e.name)
+					return 0, malformed("sparse map: longer than the body")
 				}
 				b, err := t.src.block()
 				if err != nil {
@@ -211,7 +211,7 @@ func (t *tarReader) readSparseBody(e *tarEntry) error {
 				return n, nil
 			}
 			if c < '0' || c > '9' || n > (math.MaxInt64-9)/10 {
-				return 0, malformed("%q: sparse map: no number", e.name)
+				return 0, malformed("sparse map: no number")
 			}
 			n = n*10 + int64(c-'0')
 		}
@@ -221,7 +221,7 @@ func (t *tarReader) readSparseBody(e *tarEntry) error {
 		return err
 	}
 	if count > maxFragments {
-		return malformed("%q: sparse map: %d fragments, the limit is %d", e.name, count, maxFragments)
+		return malformed("sparse map: %d fragments, the limit is %d", count, maxFragments)
 	}
 	for range count {
 		offset, err := number()
@@ -243,13 +243,13 @@ func (e *tarEntry) checkFragments(stored int64) error {
 	var end, sum int64
 	for _, f := range e.fragments {
 		if f.length < 0 || f.offset < end || f.offset > e.size || f.length > e.size-f.offset {
-			return malformed("%q: sparse map: %d bytes at %d in a file of %d", e.name, f.length, f.offset, e.size)
+			return malformed("sparse map: %d bytes at %d in a file of %d", f.length, f.offset, e.size)
 		}
 		end = f.offset + f.length
 		sum += f.length
 	}
 	if sum != stored {
-		return malformed("%q: sparse map of %d bytes over %d", e.name, sum, stored)
+		return malformed("sparse map of %d bytes over %d", sum, stored)
 	}
 	return nil
 }

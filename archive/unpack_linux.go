@@ -115,10 +115,10 @@ func (u *unpacker) run(b *builder, dir string, r io.Reader) (Stats, error) {
 	for range fillers {
 		wg.Go(u.runFiller)
 	}
-	t := tarReader{src: stream{ctx: u.ctx, r: r, alloc: u.alloc, onRead: nil}}
+	t := tarReader{src: stream{ctx: u.ctx, r: r, alloc: u.alloc}}
 	t.src.onRead = func() { u.progress(&t) }
 	seq, err := u.read(&t)
-	if err != nil && err != errStopped {
+	if err != nil && !errors.Is(err, errStopped) {
 		if u.ctx.Err() != nil {
 			seq = -1 // nothing more is to be done
 		}
@@ -151,7 +151,10 @@ func (u *unpacker) read(t *tarReader) (seq int64, err error) {
 			if err == io.EOF {
 				return seq, nil
 			}
-			return seq, fmt.Errorf("unpack: %w", err)
+			if e.name == "" {
+				return seq, fmt.Errorf("unpack: %w", err)
+			}
+			return seq, &EntryError{Op: "unpack", Name: e.name, Err: err}
 		}
 		u.entries++
 		if err := u.readBody(t, seq, e); err != nil {
