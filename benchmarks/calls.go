@@ -17,7 +17,7 @@ import (
 // calls counts the system calls of one ApplyDiff: those of a worker that does one, less
 // those of a worker that stops short of it.
 func (b *bench) calls(data *dataset) error {
-	if _, err := exec.LookPath("strace"); err != nil {
+	if found, _ := exec.LookPath("strace"); found == "" {
 		b.log("no count of system calls: strace is not installed")
 		return nil
 	}

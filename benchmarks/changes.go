@@ -141,7 +141,7 @@ func (p *plan) checkTar(file, base string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer f.Close() //nolint:errcheck // only read
+	defer f.Close()
 	for r := tar.NewReader(f); ; {
 		h, err := r.Next()
 		if err == io.EOF {

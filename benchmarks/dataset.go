@@ -38,7 +38,8 @@ func makeData(ctx context.Context, root, dir, name string) (*dataset, error) {
 	if _, err := fmt.Sscan(d.line, &sum, &d.bytes, &d.entries); err != nil {
 		return nil, fmt.Errorf("data %s: the script said %q: %w", name, d.line, err)
 	}
-	return d, d.warm()
+	err = d.warm()
+	return d, err
 }
 
 // warm reads the tar once, so that no run pays for the disk.
@@ -47,7 +48,7 @@ func (d *dataset) warm() error {
 	if err != nil {
 		return err
 	}
-	defer f.Close() //nolint:errcheck // only read
+	defer f.Close()
 	_, err = io.Copy(struct{ io.Writer }{io.Discard}, f)
 	return err
 }

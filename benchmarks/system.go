@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -105,7 +106,7 @@ const callLimit = 10 * time.Minute
 
 // start starts the worker, behind a prefix such as "strace -c".
 func (s *system) start(ctx context.Context, prefix ...string) (*worker, error) {
-	args := append(prefix, s.program)
+	args := slices.Concat(prefix, []string{s.program})
 	if s.arg != "" {
 		args = append(args, s.arg)
 	}

@@ -177,7 +177,7 @@ func (c *comparer) child(up, low int, name, prefix string, kind byte) error {
 	}
 	below := -1
 	if kind == 'C' {
-		if below, err = openDir(low, name); err != nil && err != unix.ENOTDIR {
+		if below, err = openDir(low, name); err != nil && !errors.Is(err, unix.ENOTDIR) {
 			return errors.Join(err, unix.Close(fd))
 		}
 	}

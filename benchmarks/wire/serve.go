@@ -51,9 +51,8 @@ func Main(s System) {
 }
 
 type server struct {
-	sys     System
-	home    string
-	durable bool
+	sys  System
+	home string
 }
 
 func (s *server) do(req Request) (Response, error) {
@@ -151,7 +150,7 @@ func (s *server) apply(req Request) (_ Response, err error) {
 	if err != nil {
 		return Response{}, err
 	}
-	defer f.Close() //nolint:errcheck // only read
+	defer f.Close()
 	res, err := measure(func(res *Response) (err error) {
 		if t, ok := s.sys.(TreeApplier); ok {
 			return t.ApplyTree(req.ID, req.Tree)
@@ -176,7 +175,7 @@ func (s *server) applyMany(req Request) (Response, error) {
 			if err != nil {
 				return err
 			}
-			defer f.Close() //nolint:errcheck // only read
+			defer f.Close()
 			id := req.ID + "-" + strconv.Itoa(i)
 			if err := s.sys.Create(id, req.Parent); err != nil {
 				return err
