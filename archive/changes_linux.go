@@ -26,7 +26,7 @@ func Changes(ctx context.Context, dir string, opts ReadOptions) ([]Change, error
 	c := layerChanges{ctx: ctx, format: opts.Format}
 	defer c.close()
 	if err := c.run(dir, opts.Lowers); err != nil {
-		return nil, &EntryError{Op: "changes", Name: string(c.list.path) + "/" + c.name, Err: err}
+		return nil, &EntryError{Op: "changes", Name: string(c.list.path) + "/" + c.name.String(), Err: err}
 	}
 	c.list.changes = withTorn(c.list.changes, c.links.torn())
 	return c.list.sorted(), nil
@@ -43,7 +43,7 @@ type layerChanges struct {
 	files  comparer
 	links  linkGroups
 	// name is the entry at hand, for an error.
-	name string
+	name sys.Name
 }
 
 // changeFrame is a directory that the walk is in.
@@ -115,7 +115,7 @@ func (c *layerChanges) run(dir string, lowers []string) error {
 
 // step looks at the next name of the directory at hand, or goes up.
 func (c *layerChanges) step() error {
-	c.name = ""
+	c.name = nil
 	if err := c.ctx.Err(); err != nil {
 		return err
 	}
@@ -124,13 +124,13 @@ func (c *layerChanges) step() error {
 	if name == nil {
 		return c.leave()
 	}
-	c.name = name.String()
+	c.name = name
 	f := &c.frames[len(c.frames)-1]
 	now := fileAt{dirfd: d.fd, name: name}
 	var err error
 	if f.view != nil {
 		var e lowerEntry
-		if e, err = f.view.lookup(c.name); err == nil && !e.exists {
+		if e, err = f.view.lookup(name.String()); err == nil && !e.exists {
 			err = ErrChanged
 		}
 		now.dirfd, now.st = e.dirfd, sys.FromStat(&e.st)
@@ -142,7 +142,7 @@ func (c *layerChanges) step() error {
 	if f.base == nil {
 		return c.added(f, &now, typ)
 	}
-	e, err := f.base.lookup(c.name)
+	e, err := f.base.lookup(name.String())
 	if err != nil {
 		return err
 	}
@@ -180,7 +180,7 @@ func (c *layerChanges) stat(f *changeFrame, now *fileAt) (white bool, err error)
 	if !f.marks.holdsMarks || st.Type() != unix.S_IFREG || st.Size != 0 {
 		return false, nil
 	}
-	_, err = sys.Getxattrat(now.dirfd, c.name, c.format.xattrPrefix()+"whiteout")
+	_, err = sys.Getxattrat(now.dirfd, now.name.String(), c.format.xattrPrefix()+"whiteout")
 	if noXattr(err) {
 		return false, nil
 	}
@@ -199,7 +199,7 @@ func (c *layerChanges) both(f *changeFrame, now *fileAt, e *lowerEntry) error {
 			return nil
 		}
 	}
-	name := c.name
+	name := now.name.String()
 	before := fileAt{dirfd: e.dirfd, name: now.name, st: sys.FromStat(&e.st), open: func() (int, error) { return f.base.openData(name) }}
 	now.open = func() (int, error) { return c.openData(f, now) }
 	same, err := c.files.same(now, &before)
@@ -326,22 +326,23 @@ func (c *layerChanges) hidden(d *walkDir, f *changeFrame) error {
 	if err != nil {
 		return err
 	}
-	for _, name := range names {
+	for _, text := range names {
+		name := sys.MakeName(text)
 		c.name = name
 		if f.view != nil {
-			e, err := f.view.lookup(name)
+			e, err := f.view.lookup(text)
 			if err != nil {
 				return err
 			}
 			if !e.exists {
-				c.list.add(sys.MakeName(name), Deleted)
+				c.list.add(name, Deleted)
 			}
 			continue
 		}
-		now := fileAt{dirfd: d.fd, name: sys.MakeName(name)}
+		now := fileAt{dirfd: d.fd, name: name}
 		// A whiteout among them is listed when the walk comes to it.
 		if _, err := c.stat(f, &now); isNotThere(err) {
-			c.list.add(now.name, Deleted)
+			c.list.add(name, Deleted)
 		} else if err != nil {
 			return err
 		}

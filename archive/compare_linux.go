@@ -23,7 +23,7 @@ func Compare(ctx context.Context, newDir, oldDir string) ([]Change, error) {
 	defer c.new.walk.close()
 	defer c.old.walk.close()
 	if err := c.run(newDir, oldDir); err != nil {
-		return nil, &EntryError{Op: "compare", Name: string(c.list.path) + "/" + c.name, Err: err}
+		return nil, &EntryError{Op: "compare", Name: string(c.list.path) + "/" + c.name.String(), Err: err}
 	}
 	c.list.changes = withTorn(c.list.changes, c.links.torn())
 	return c.list.sorted(), nil
@@ -38,7 +38,7 @@ type comparison struct {
 	files    comparer
 	links    linkGroups
 	// name is the entry at hand, for an error.
-	name string
+	name sys.Name
 }
 
 type tree struct {
@@ -93,7 +93,7 @@ func (t *tree) open(dir string) error {
 
 // step compares the next name of the two directories at hand, or goes up.
 func (c *comparison) step() error {
-	c.name = ""
+	c.name = nil
 	if err := c.ctx.Err(); err != nil {
 		return err
 	}
@@ -105,7 +105,7 @@ func (c *comparison) step() error {
 		return c.leave()
 	case b == nil || (a != nil && order < 0):
 		name, typ := x.take()
-		c.name = name.String()
+		c.name = name
 		c.list.add(name, Added)
 		return c.added(x.fd, name, typ)
 	case a == nil || order > 0:
@@ -115,7 +115,7 @@ func (c *comparison) step() error {
 	}
 	name, _ := x.take()
 	_, _ = y.take()
-	c.name = name.String()
+	c.name = name
 	return c.both(x.fd, y.fd, name)
 }
 

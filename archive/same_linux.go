@@ -187,6 +187,8 @@ type changeList struct {
 	changes []Change
 	// path names the directory at hand, without a trailing slash; empty for the root.
 	path []byte
+	// text holds the paths of the list, many in a piece of memory.
+	text strings.Builder
 }
 
 func (l *changeList) add(name sys.Name, kind Kind) {
@@ -195,11 +197,17 @@ func (l *changeList) add(name sys.Name, kind Kind) {
 
 // pathOf returns the path of a name in the directory at hand.
 func (l *changeList) pathOf(name sys.Name) string {
-	n := len(l.path)
-	l.path = append(append(l.path, '/'), name[:len(name)-1]...)
-	path := string(l.path)
-	l.path = l.path[:n]
-	return path
+	name = name[:len(name)-1]
+	size := len(l.path) + 1 + len(name)
+	if l.text.Cap()-l.text.Len() < size {
+		l.text = strings.Builder{}
+		l.text.Grow(max(size, 32<<10))
+	}
+	start := l.text.Len()
+	l.text.Write(l.path)
+	l.text.WriteByte('/')
+	l.text.Write(name)
+	return l.text.String()[start:]
 }
 
 // sorted returns the changes sorted by path. A walk's order differs from that only where a name

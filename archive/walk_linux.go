@@ -26,12 +26,10 @@ type listedName struct {
 	typ    uint8
 }
 
-// read lists the directory fd.
+// read lists the directory fd, which was not listed before.
 func (l *nameList) read(r *sys.DirReader, fd int, sorted bool) error {
 	l.bytes, l.names, l.next = l.bytes[:0], l.names[:0], 0
-	if err := r.Reset(fd); err != nil {
-		return err
-	}
+	r.Start(fd)
 	for {
 		name, typ, err := r.Next()
 		if err != nil {

@@ -23,13 +23,18 @@ type DirReader struct {
 	buf      []byte
 }
 
-// Reset makes the reader list fd from the start, also when fd was listed before.
-func (d *DirReader) Reset(fd int) error {
+// Start makes the reader list fd, which was not listed before.
+func (d *DirReader) Start(fd int) {
 	if d.buf == nil {
 		d.buf = make([]byte, 32<<10)
 	}
 	d.fd, d.pos, d.end = fd, 0, 0
-	_, err := unix.Seek(fd, 0, 0)
+}
+
+// Reset makes the reader list fd from the start, also when it was listed before.
+func (d *DirReader) Reset(fd int) error {
+	d.Start(fd)
+	_, err := unix.Seek(fd, 0, unix.SEEK_SET)
 	return err
 }
 
