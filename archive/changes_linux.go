@@ -42,6 +42,8 @@ type layerChanges struct {
 	list   changeList
 	files  comparer
 	links  linkGroups
+	// now is what the layer has by the name at hand.
+	now fileAt
 	// name is the entry at hand, for an error.
 	name sys.Name
 }
@@ -126,7 +128,8 @@ func (c *layerChanges) step() error {
 	}
 	c.name = name
 	f := &c.frames[len(c.frames)-1]
-	now := fileAt{dirfd: d.fd, name: name}
+	now := &c.now
+	*now = fileAt{dirfd: d.fd, name: name}
 	var err error
 	if f.view != nil {
 		var e lowerEntry
@@ -140,16 +143,16 @@ func (c *layerChanges) step() error {
 		return err
 	}
 	if f.base == nil {
-		return c.added(f, &now, typ)
+		return c.added(f, now, typ)
 	}
 	e, err := f.base.lookup(name.String())
 	if err != nil {
 		return err
 	}
 	if !e.exists {
-		return c.added(f, &now, typ)
+		return c.added(f, now, typ)
 	}
-	return c.both(f, &now, &e)
+	return c.both(f, now, &e)
 }
 
 // added lists what the lowers don't show, and goes down into it. A whiteout of nothing is nothing.
