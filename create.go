@@ -295,7 +295,7 @@ func (d *Driver) remove(id string) error {
 		return fmt.Errorf("%w: mounted", ErrLayerInUse)
 	}
 	if d.layers.hasReaders(state) {
-		return fmt.Errorf("%w: a diff of it is being read", ErrLayerInUse)
+		return fmt.Errorf("%w: a diff or a view of it is open", ErrLayerInUse)
 	}
 	// Another process that is making a child holds the lock shared, for moments.
 	if err := sys.Flock(l.fd, unix.LOCK_EX); err != nil {

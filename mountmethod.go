@@ -80,8 +80,7 @@ func (s mountSpec) mount(target string, method MountMethod, f facts) error {
 	case method == MountAuto && f.descriptors == yes:
 		return s.mountDescriptors(target)
 	}
-	// The kernel would cut the data silently and mount some of the layers.
-	return fmt.Errorf("%w: %d layers take %d bytes, mount(2) takes %d", ErrMountTooLong, len(s.lowers), len(data), sys.MaxMountData())
+	return s.tooLong(len(data))
 }
 
 // mountNew mounts the overlay at target by the new mount API.
@@ -159,8 +158,36 @@ func (s mountSpec) longestName() int {
 }
 
 // mountDescriptors mounts the overlay at target by mount(2), with the numbers of open
-// directories as names. The directories are opened strictly: what was checked is what is mounted.
-func (s mountSpec) mountDescriptors(target string) (err error) {
+// directories as names.
+func (s mountSpec) mountDescriptors(target string) error {
+	if err := s.checkAll(); err != nil {
+		return err
+	}
+	return s.mountNumbers(s.home+"/"+target, sys.MountOverlayFrom)
+}
+
+// mountHere mounts the overlay, whose layers are checked, at target, an absolute path, on a
+// thread that is the caller's own and whose working directory it may change.
+func (s mountSpec) mountHere(target string, method MountMethod) error {
+	data, ok := s.fitting("")
+	switch {
+	case ok && method != MountDescriptors:
+		return sys.MountOverlayHere(s.home, target, data, 0)
+	case method == MountLegacy:
+		return s.tooLong(len(s.data("")))
+	}
+	return s.mountNumbers(target, sys.MountOverlayHere)
+}
+
+// tooLong returns the error in place of data that the kernel would cut silently, to mount
+// some of the layers.
+func (s mountSpec) tooLong(n int) error {
+	return fmt.Errorf("%w: %d layers take %d bytes, mount(2) takes %d", ErrMountTooLong, len(s.lowers), n, sys.MaxMountData())
+}
+
+// mountNumbers opens the directories, strictly, so that what the links led to is what is
+// mounted, and calls mount with data in which their numbers stand for them, relative to dir.
+func (s mountSpec) mountNumbers(target string, mount func(dir, target, data string, flags uintptr) error) (err error) {
 	homefd, err := sys.OpenRoot(s.home)
 	if err != nil {
 		return err
@@ -171,34 +198,25 @@ func (s mountSpec) mountDescriptors(target string) (err error) {
 			err = errors.Join(err, sys.Close(fd))
 		}
 	}()
-	open := func(name string) (string, error) {
-		fd, err := sys.OpenBeneath(homefd, name)
+	s.dirs()
+	names := make([]*string, 0, len(s.lowers)+2)
+	for i := range s.lowers {
+		names = append(names, &s.lowers[i])
+	}
+	if s.upper != "" {
+		names = append(names, &s.upper, &s.work)
+	}
+	for _, name := range names {
+		fd, err := sys.OpenBeneath(homefd, *name)
 		if err != nil {
-			return "", fmt.Errorf("open %s: %w", name, err)
+			return fmt.Errorf("open %s: %w", *name, err)
 		}
 		fds = append(fds, fd)
-		return strconv.Itoa(fd), nil
+		*name = strconv.Itoa(fd)
 	}
-	if err := s.checkAll(); err != nil {
-		return err
-	}
-	numbers := s
-	if numbers.dirs(); s.upper != "" {
-		if numbers.upper, err = open(numbers.upper); err != nil {
-			return err
-		}
-		if numbers.work, err = open(numbers.work); err != nil {
-			return err
-		}
-	}
-	for i := range numbers.lowers {
-		if numbers.lowers[i], err = open(numbers.lowers[i]); err != nil {
-			return err
-		}
-	}
-	data := numbers.data("")
+	data := s.data("")
 	if len(data) > sys.MaxMountData() {
-		return fmt.Errorf("%w: numbers of %d layers take %d bytes", ErrMountTooLong, len(s.lowers), len(data))
+		return s.tooLong(len(data))
 	}
-	return sys.MountOverlayAtFDs(s.home+"/"+target, data, 0)
+	return mount("/proc/self/fd", target, data, 0)
 }

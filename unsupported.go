@@ -4,6 +4,7 @@ package overlay2
 
 import (
 	"io"
+	"os"
 
 	"github.com/bcc2decd/overlay2/archive"
 )
@@ -54,6 +55,34 @@ func (d *Driver) Get(id, mountLabel string) (string, error) {
 
 // Put returns ErrNotSupported.
 func (d *Driver) Put(id string) error { return layerErr("put", id, ErrNotSupported) }
+
+// Mount returns ErrNotSupported.
+func (d *Driver) Mount(id string, _ MountOpts) (*Mount, error) {
+	return nil, layerErr("mount", id, ErrNotSupported)
+}
+
+// MountData returns ErrNotSupported.
+func (d *Driver) MountData(id, _ string) (MountData, error) {
+	return MountData{}, layerErr("mount data", id, ErrNotSupported)
+}
+
+// Mount is a read-only view of a layer. There are none but on Linux.
+type Mount struct{}
+
+// FD returns -1.
+func (m *Mount) FD() int { return -1 }
+
+// Path returns "".
+func (m *Mount) Path() string { return "" }
+
+// File returns ErrNotSupported.
+func (m *Mount) File() (*os.File, error) { return nil, ErrNotSupported }
+
+// Attach returns ErrNotSupported.
+func (m *Mount) Attach(string) error { return ErrNotSupported }
+
+// Close does nothing.
+func (m *Mount) Close() error { return nil }
 
 // ApplyDiff returns ErrNotSupported.
 func (d *Driver) ApplyDiff(id, _ string, _ io.Reader) (int64, error) {

@@ -110,9 +110,3 @@ func MoveMount(fd int, target string) error {
 func CannotMount(err error) bool {
 	return errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EPERM) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP)
 }
-
-// MountOverlayAtFDs mounts an overlay at target, an absolute path, with data that names
-// open directories by their numbers: each is a path relative to /proc/self/fd (see MountOverlayFrom).
-func MountOverlayAtFDs(target, data string, flags uintptr) error {
-	return MountOverlayFrom("/proc/self/fd", target, data, flags)
-}

@@ -64,6 +64,15 @@ func MountOverlayFrom(dir, target, data string, flags uintptr) error {
 	return OnOwnThreadIn(dir, func() error { return MountOverlay(target, data, flags) })
 }
 
+// MountOverlayHere is MountOverlayFrom on a thread that is the caller's own, whose working
+// directory it changes. See OnOwnThread.
+func MountOverlayHere(dir, target, data string, flags uintptr) error {
+	if err := unix.Chdir(dir); err != nil {
+		return &MountError{Call: "chdir", Target: dir, Data: data, Err: err}
+	}
+	return MountOverlay(target, data, flags)
+}
+
 // OnOwnThreadIn is OnOwnThread with the directory dir as the thread's working directory.
 func OnOwnThreadIn(dir string, f func() error) error {
 	return OnOwnThread(func() error {

@@ -1,0 +1,24 @@
+package overlay2
+
+// MountOpts are the options of a view; see Driver.Mount.
+type MountOpts struct {
+	// Label is the SELinux label of the mount, or "".
+	Label string
+}
+
+// MountData is a mount as data, for runtimes that mount by themselves. Paths are absolute.
+type MountData struct {
+	// Type is "overlay", or "bind" for a layer without a parent.
+	Type string
+	// Source is "overlay", or the directory to bind.
+	Source string
+	// Options are those of mount(8), of an OCI runtime's mounts and of containerd's, each one
+	// string, such as "lowerdir=/a:/b": what separates layers and options in paths has a backslash before
+	// it. Together they may be longer than mount(2) takes.
+	Options []string
+	// Fsconfig are the same options as keys and values of fsconfig(2), in the order in which they
+	// must be set (Linux 6.7); a flag has no value. Nil for a bind mount.
+	Fsconfig [][2]string
+	// ReadOnly says that the layer must not be written.
+	ReadOnly bool
+}
