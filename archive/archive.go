@@ -139,7 +139,8 @@ type PackOptions struct {
 	// Lowers are the diff directories of the ancestors, nearest first. They are read
 	// for what overlayfs left out of the upper directory: content of renamed
 	// directories (redirect_dir) and of files of which only the metadata was copied up
-	// (metacopy); and to see whether the root's own metadata differs. Not used with Merged.
+	// (metacopy); and to see whether the root's own metadata differs. With Merged only the last is
+	// done, and only the first is looked at: the mounted or plain tree that Changes is about.
 	Lowers []string
 	// Changes, with Merged, restricts the archive to these changes, in the form that
 	// Compare returns them; deletions become whiteouts. Nil packs the whole tree.

@@ -99,15 +99,18 @@ func (p *packer) open(dir string) error {
 	if err != nil {
 		return err
 	}
+	lowers := p.opts.Lowers
 	if p.opts.Format == Merged {
+		lowers = lowers[:min(1, len(lowers))]
 		var fsInfo unix.Statfs_t
 		if err := unix.Fstatfs(fd, &fsInfo); err != nil {
 			_ = sys.Close(fd)
 			return err
 		}
 		p.attrs.raw = fsInfo.Type == unix.OVERLAYFS_SUPER_MAGIC
-	} else if len(p.opts.Lowers) > 0 {
-		if p.lowers, err = openLowers(p.opts.Lowers, p.opts.Format); err != nil {
+	}
+	if len(lowers) > 0 {
+		if p.lowers, err = openLowers(lowers, p.opts.Format); err != nil {
 			_ = sys.Close(fd)
 			return err
 		}

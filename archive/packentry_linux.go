@@ -22,7 +22,7 @@ func (p *packer) root(fd int) (marks, error) {
 	if err != nil {
 		return marks{}, err
 	}
-	if p.picked != nil {
+	if p.picked != nil && p.lowers == nil {
 		if !slices.ContainsFunc(p.opts.Changes, func(c Change) bool { return c.Path == "/" && c.Kind != Deleted }) {
 			return m, nil
 		}

@@ -224,6 +224,29 @@ func TestPackChanges(t *testing.T) {
 	}
 }
 
+// A change of the root alone is no Change; with the parent's tree given it is packed all the same.
+func TestPackMergedRoot(t *testing.T) {
+	overlaytest.Require(t, "root", "tmpfs")
+	base := overlaytest.MountFS(t, overlaytest.FS{Name: "tmpfs"})
+	old, now := filepath.Join(base, "old"), filepath.Join(base, "now")
+	overlaytest.Build(t, old, "dir . 0700\nfile a")
+	overlaytest.Build(t, now, "dir . 0710 user.x=1\nfile b")
+	changes, err := Compare(context.Background(), now, old)
+	must(t, err)
+	for _, c := range []struct {
+		lowers []string
+		want   string
+	}{
+		{nil, ".wh.a 0 0 0:0\nb 0 644 0:0\n"},
+		{[]string{old}, "./ 5 710 0:0 user.x=\"1\"\n.wh.a 0 0 0:0\nb 0 644 0:0\n"},
+		{[]string{now}, ".wh.a 0 0 0:0\nb 0 644 0:0\n"},
+	} {
+		if got := listed(t, packed(t, now, PackOptions{Format: Merged, Changes: changes, Lowers: c.lowers})); got != c.want {
+			t.Errorf("got:\n%s\nwant:\n%s", got, c.want)
+		}
+	}
+}
+
 // Owners go through the id map: in the headers, in ACLs, in capabilities. One outside of it is an
 // error (peers drop the file).
 func TestPackIDMap(t *testing.T) {

@@ -166,7 +166,7 @@ func (p *packer) forgetLow(i int) {
 
 // whiteout writes the deletion of name, unless it is known to hide nothing.
 func (p *packer) whiteout(name sys.Name) error {
-	if p.lowers != nil {
+	if p.lowers != nil && p.opts.Format != Merged {
 		low, err := p.low()
 		if err != nil || low == nil {
 			return err
