@@ -43,12 +43,18 @@ var errStopped = errors.New("stopped")
 // out: the mount's label governs. In a user namespace, devices that may not be made are skipped
 // and counted.
 //
+// Stats.Size is what Usage(dir) says if dir was empty. With Merged it is the size of what
+// was written.
+//
 // r is read by the calling goroutine only. The other work is done by goroutines that have
 // ended when Unpack returns, on threads of the process that share its umask,
 // root and namespaces: a calling goroutine that is locked to a thread with others doesn't pass them on.
 func Unpack(ctx context.Context, dir string, r io.Reader, opts UnpackOptions) (Stats, error) {
 	if err := opts.IDMap.Validate(); err != nil {
 		return Stats{}, fmt.Errorf("unpack: %w", err)
+	}
+	if opts.Format > Merged {
+		return Stats{}, fmt.Errorf("unpack: %v: %w", opts.Format, errors.ErrUnsupported)
 	}
 	u := &unpacker{
 		ctx:     ctx,

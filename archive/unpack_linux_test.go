@@ -171,7 +171,8 @@ func (l *lastReader) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// TestUnpackTruncated cuts the stream everywhere: only the end of an entry is an end.
+// TestUnpackTruncated cuts the stream everywhere: only the end of an entry is an end, and
+// nothing waits for what does not come (CVE-2021-20291).
 func TestUnpackTruncated(t *testing.T) {
 	overlaytest.Require(t, "root")
 	overlaytest.NoLeaks(t)
@@ -679,6 +680,9 @@ func TestUnpackBadOptions(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := Unpack(context.Background(), file, bytes.NewReader(stream), UnpackOptions{}); !errors.Is(err, unix.ENOTDIR) {
+		t.Error(err)
+	}
+	if _, err := Unpack(context.Background(), t.TempDir(), bytes.NewReader(stream), UnpackOptions{Format: 9}); !errors.Is(err, errors.ErrUnsupported) {
 		t.Error(err)
 	}
 	overlap := IDMap{UIDs: []IDRange{{0, 0, 10}, {5, 20, 10}}}
