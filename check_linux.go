@@ -101,7 +101,7 @@ func (c *checker) checkLayer(l *layer) {
 		target, err := sys.Readlinkat(c.lfd, link)
 		if err != nil {
 			fail(linkName, corrupt("%s/%s: %w", linkDir, link, err))
-		} else if target != linkTarget(l.id) {
+		} else if incomplete, _ := l.has(incompleteName); target != linkTarget(l.id) && !(incomplete && target == incompleteTarget(l.id)) {
 			fail(linkName, corrupt("%s/%s leads to %q", linkDir, link, target))
 		}
 	}
@@ -183,7 +183,7 @@ func (c *checker) checkLinkEntry(name string) {
 		return
 	}
 	id, err := parseLinkTarget(target)
-	if err != nil {
+	if id == "" { // that a layer is incomplete is reported with its marker
 		c.report("", path, err)
 		return
 	}
@@ -205,7 +205,7 @@ func (c *checker) checkStaging() error {
 	defer func() { _ = sys.Close(fd) }()
 	alone := sys.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) == nil
 	return c.eachName(fd, func(name string) {
-		if alone && !strings.HasPrefix(name, trashPrefix) {
+		if alone && !strings.HasPrefix(name, trashPrefix) && !strings.HasPrefix(name, unsyncedPrefix) {
 			c.report("", stagingDir+"/"+name, corrupt("left by a crash"))
 		}
 	})

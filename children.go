@@ -20,18 +20,19 @@ func (s *staging) ownLinks(l *layer) ([]string, error) {
 		return nil, fmt.Errorf("%s: %w", linkDir, err)
 	}
 	defer func() { _ = sys.Close(lfd) }()
-	want := linkTarget(l.id)
+	leads := func(link string) bool {
+		target, err := sys.Readlinkat(lfd, link)
+		return err == nil && (target == linkTarget(l.id) || target == incompleteTarget(l.id))
+	}
 	if link, err := l.link(); err == nil {
-		if target, err := sys.Readlinkat(lfd, link); err == nil && target == want {
+		if leads(link) {
 			return []string{link}, nil
 		}
 	}
 	var links []string
 	err = sys.ReadNames(lfd, func(name string) bool {
-		if linkid.Valid(name) {
-			if target, err := sys.Readlinkat(lfd, name); err == nil && target == want {
-				links = append(links, name)
-			}
+		if linkid.Valid(name) && leads(name) {
+			links = append(links, name)
 		}
 		return true
 	})

@@ -22,7 +22,7 @@ func (d *Driver) Create(id, parent string, opts *CreateOpts) error {
 	if opts != nil && len(opts.StorageOpt) > 0 {
 		return layerErr("create", id, fmt.Errorf("%w: storage options are for read-write layers only", ErrInvalidOption))
 	}
-	return layerErr("create", id, d.create(id, parent, limits{}))
+	return layerErr("create", id, d.create(id, parent, limits{}, createPrefix))
 }
 
 // CreateReadWrite makes an empty layer that is to be written through Get. It takes
@@ -30,12 +30,12 @@ func (d *Driver) Create(id, parent string, opts *CreateOpts) error {
 func (d *Driver) CreateReadWrite(id, parent string, opts *CreateOpts) error {
 	l, err := parseStorageOpt(opts, limits{size: d.opts.Size, inodes: d.opts.Inodes})
 	if err == nil {
-		err = d.create(id, parent, l)
+		err = d.create(id, parent, l, readWritePrefix)
 	}
 	return layerErr("create", id, err)
 }
 
-func (d *Driver) create(id, parent string, limit limits) (err error) {
+func (d *Driver) create(id, parent string, limit limits, kind string) (err error) {
 	if err := checkID(id); err != nil {
 		return err
 	}
@@ -55,7 +55,7 @@ func (d *Driver) create(id, parent string, limit limits) (err error) {
 	if err := s.checkFree(id); err != nil {
 		return err
 	}
-	n := newLayer{d: d, s: s, id: id, limit: limit}
+	n := newLayer{d: d, s: s, id: id, limit: limit, entry: kind}
 	if parent != "" {
 		p, err := d.openParent(parent)
 		if err != nil {
@@ -142,6 +142,8 @@ type newLayer struct {
 	limit  limits
 	name   string // in staging
 	link   string
+	entry  string // how it is noted until it is on the disk: createPrefix or readWritePrefix
+	batch  *batch // that notes the layer until it is on the disk; nil if it is not noted
 }
 
 // make makes the layer and lets it appear by one rename. On an error nothing is left.
@@ -154,8 +156,13 @@ func (n *newLayer) make() (err error) {
 		return fmt.Errorf("mkdir: %w", err)
 	}
 	defer func() {
+		made := n.id
 		if err != nil {
+			made = syncNothing
 			err = errors.Join(err, n.undo())
+		}
+		if n.batch != nil {
+			n.d.leave(n.batch, made, createDelay)
 		}
 	}()
 	if err := n.d.limitNew(n.name, n.limit); err != nil {
@@ -169,15 +176,48 @@ func (n *newLayer) make() (err error) {
 			return fmt.Errorf("parent %s: %w", n.parent.id, err)
 		}
 	}
+	if err := n.record(); err != nil {
+		return err
+	}
 	if err := n.makeLink(); err != nil {
 		return err
 	}
-	err = sys.RenameNoReplace(n.s.fd, n.name, n.s.homefd, n.id)
+	return n.appear()
+}
+
+// record notes the layer as not on the disk yet, as the Driver's durability asks for.
+func (n *newLayer) record() (err error) {
+	if n.d.opts.Durability != DurabilityBackground {
+		return nil
+	}
+	parentLink := noParent
+	if len(n.lowers) > 0 {
+		parentLink = n.lowers[0]
+	}
+	n.entry += n.link
+	n.batch, err = n.d.recordCreate(n.s, n.entry, parentLink)
+	return err
+}
+
+// appear lets the layer appear, by one rename.
+func (n *newLayer) appear() error {
+	strict := n.d.opts.Durability == DurabilityStrict
+	if strict {
+		if err := n.d.syncfs(n.s.fd); err != nil {
+			return fmt.Errorf("sync: %w", err)
+		}
+	}
+	err := sys.RenameNoReplace(n.s.fd, n.name, n.s.homefd, n.id)
 	if err == unix.EEXIST || err == unix.ENOTEMPTY {
 		return ErrLayerExists // another process was quicker
 	}
 	if err != nil {
 		return fmt.Errorf("rename: %w", err)
+	}
+	if strict {
+		if err := n.d.synced(sys.Fsync(n.s.homefd)); err != nil {
+			return errors.Join(fmt.Errorf("sync: %w", err), unix.Renameat(n.s.homefd, n.id, n.s.fd, n.name))
+		}
 	}
 	return nil
 }
@@ -255,7 +295,11 @@ func (n *newLayer) makeLink() error {
 
 // undo removes what make has made.
 func (n *newLayer) undo() error {
-	return errors.Join(removeDangling(n.s.homefd, n.link), n.d.unlimit(n.name), sys.RemoveAllAt(n.s.fd, n.name))
+	var noted error
+	if n.batch != nil {
+		noted = ignoreAbsent(sys.Unlinkat(n.batch.fd, n.entry, 0))
+	}
+	return errors.Join(removeDangling(n.s.homefd, n.link), n.d.unlimit(n.name), sys.RemoveAllAt(n.s.fd, n.name), noted)
 }
 
 // commit marks the layer as one that has a child.
@@ -331,12 +375,16 @@ func (d *Driver) removeUnused(l *layer, s *staging, links []string) error {
 	}); err != nil {
 		return err
 	}
-	d.trash.add(d, trashName)
+	// Last, as a New after a crash reads in it which link to remove.
+	defer d.trash.add(d, trashName)
 	for _, link := range links {
 		d.sizes.Delete(link)
 		if err := removeDangling(s.homefd, link); err != nil {
 			return err // the layer is gone; New removes the link
 		}
+	}
+	if d.opts.Durability == DurabilityStrict {
+		return d.synced(sys.Fsync(s.homefd))
 	}
 	return nil
 }

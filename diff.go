@@ -4,6 +4,7 @@ package overlay2
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -14,11 +15,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What an incomplete marker holds: whether the layer had content before the apply that
+// What an incomplete marker leads to: whether the layer had content before the apply that
 // did not end well. Without, the next apply starts from an empty layer.
 const (
-	incompleteEmpty   = "empty\n"
-	incompleteContent = "content\n"
+	incompleteEmpty   = "empty"
+	incompleteContent = "content"
 )
 
 // ApplyDiff unpacks a tar, not compressed, into the layer, and returns the size of the
@@ -44,6 +45,9 @@ func (d *Driver) applyDiff(id, parent string, diff io.Reader) (int64, error) {
 		return 0, err
 	}
 	defer l.close()
+	if err := l.healDiff(); err != nil {
+		return 0, err
+	}
 	lowers, native, err := d.pair(l, parent)
 	if err != nil {
 		return 0, err
@@ -64,16 +68,13 @@ func (d *Driver) applyDiff(id, parent string, diff io.Reader) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	if err := unix.Unlinkat(l.fd, incompleteName, 0); err != nil {
-		return 0, fmt.Errorf("%s: %w", incompleteName, err)
-	}
-	return stats.Size, nil
+	return stats.Size, d.endApply(l)
 }
 
 // beginApply marks the layer incomplete, and empties it if an earlier apply to it, when it
-// was new, did not end well.
+// was new, did not end well. Until the layer is closed no other process makes a child of it.
 func (d *Driver) beginApply(l *layer, state *layerState) error {
-	if err := sys.Flock(l.fd, unix.LOCK_SH); err != nil {
+	if err := sys.Flock(l.fd, unix.LOCK_EX); err != nil {
 		return err
 	}
 	s, err := d.openStaging()
@@ -85,21 +86,64 @@ func (d *Driver) beginApply(l *layer, state *layerState) error {
 	if err != nil {
 		return err
 	}
-	if err := s.checkChildless(l, links); err != nil {
+	if lost, err := s.leadsNowhere(l, links); err != nil {
 		return err
+	} else if !lost { // otherwise its children cannot be in use, and wait for it
+		if err := s.checkChildless(l, links); err != nil {
+			return err
+		}
 	}
-	switch mark, err := sys.ReadFileAt(l.fd, incompleteName, len(incompleteContent)); {
-	case err == unix.ENOENT:
-		return l.markIncomplete()
+	switch mark, err := l.incomplete(); {
 	case err != nil:
-		return corrupt("%s: %w", incompleteName, err)
-	case string(mark) == incompleteEmpty && state.mounts == 0:
+		return err
+	case mark == "":
+		if err := l.markIncomplete(); err != nil || d.opts.Durability != DurabilityBackground {
+			return err
+		}
+		link, err := l.link()
+		if err != nil {
+			return err
+		}
+		return d.recordBegin(l, link)
+	case mark == incompleteEmpty && state.mounts == 0:
 		return d.renewDiff(l, s)
 	}
 	return nil
 }
 
-// markIncomplete writes the marker: under another name first, so that it is never half there.
+// endApply makes a layer that was filled whole again.
+func (d *Driver) endApply(l *layer) error {
+	s, err := d.openStaging()
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	link, err := l.link()
+	if err != nil {
+		return err
+	}
+	if err := s.restoreLink(link, l.id); err != nil {
+		return err
+	}
+	switch d.opts.Durability {
+	case DurabilityBackground:
+		return d.recordApply(l, s, link)
+	case DurabilityStrict:
+		if err := d.syncfs(l.fd); err != nil {
+			return fmt.Errorf("sync: %w", err)
+		}
+		if err := l.unmarkIncomplete(); err != nil {
+			return err
+		}
+		if err := d.synced(sys.Fsync(l.fd)); err != nil {
+			return fmt.Errorf("sync: %w", err)
+		}
+		return nil
+	}
+	return l.unmarkIncomplete()
+}
+
+// markIncomplete makes the marker. It is a symlink, which is whole or not there, when power is cut too.
 func (l *layer) markIncomplete() error {
 	content := incompleteEmpty
 	fd, err := sys.OpenDirat(l.fd, diffName)
@@ -110,14 +154,7 @@ func (l *layer) markIncomplete() error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", diffName, err)
 	}
-	const tmp = incompleteName + ".new"
-	if err := ignoreAbsent(unix.Unlinkat(l.fd, tmp, 0)); err != nil {
-		return fmt.Errorf("%s: %w", tmp, err)
-	}
-	if err := sys.WriteFileAt(l.fd, tmp, []byte(content), 0o600); err != nil {
-		return fmt.Errorf("%s: %w", tmp, err)
-	}
-	if err := unix.Renameat(l.fd, tmp, l.fd, incompleteName); err != nil {
+	if err := sys.Symlinkat(content, l.fd, incompleteName); err != nil {
 		return fmt.Errorf("%s: %w", incompleteName, err)
 	}
 	return nil
@@ -125,18 +162,6 @@ func (l *layer) markIncomplete() error {
 
 // renewDiff replaces diff by an empty directory with the same metadata as a new layer's.
 func (d *Driver) renewDiff(l *layer, s *staging) error {
-	if exists, err := l.has(diffName); err != nil {
-		return err
-	} else if exists {
-		trashName, err := d.discard(s, l.fd, diffName, trashDiffPrefix)
-		if err != nil {
-			return err
-		}
-		d.trash.add(d, trashName)
-		if d.hasQuota() {
-			d.trash.wait() // the old content counts against the layer's limits
-		}
-	}
 	n := newLayer{d: d, s: s, id: l.id}
 	links, err := l.lowers()
 	if err != nil {
@@ -152,10 +177,56 @@ func (d *Driver) renewDiff(l *layer, s *staging) error {
 		}
 		defer n.parent.close()
 	}
-	if err := n.makeDiff(l.fd); err != nil {
+	return n.replaceDiff(l)
+}
+
+// replaceDiff swaps the layer's diff for a new one: at any moment there is one.
+func (n *newLayer) replaceDiff(l *layer) (err error) {
+	n.name = newPrefix + rand.Text()
+	if err := sys.Mkdirat(n.s.fd, n.name, 0o700); err != nil {
+		return fmt.Errorf("%s: %w", stagingDir, err)
+	}
+	defer func() {
+		trashName, err2 := n.d.discard(n.s, n.s.fd, n.name, trashDiffPrefix)
+		if err2 == nil {
+			n.d.trash.add(n.d, trashName)
+			if n.d.hasQuota() {
+				n.d.trash.wait() // the old content counts against the layer's limits
+			}
+		}
+		err = errors.Join(err, err2)
+	}()
+	fd, err := sys.OpenDirat(n.s.fd, n.name)
+	if err != nil {
+		return fmt.Errorf("%s: %w", stagingDir, err)
+	}
+	defer func() { err = errors.Join(err, sys.Close(fd)) }()
+	if err := n.makeDiff(fd); err != nil {
+		return fmt.Errorf("%s: %w", diffName, err)
+	}
+	err = sys.RenameExchange(fd, diffName, l.fd, diffName)
+	if err == unix.EXDEV || err == unix.EINVAL {
+		// A layer with a project of its own takes nothing from elsewhere; or a filesystem that
+		// cannot swap. After a crash between these two healDiff makes the directory.
+		if err = unix.Renameat(l.fd, diffName, fd, "old"); err == nil {
+			err = n.makeDiff(l.fd)
+		}
+	}
+	if err != nil {
 		return fmt.Errorf("%s: %w", diffName, err)
 	}
 	return nil
+}
+
+// healDiff makes the diff of a layer that was to be emptied when the process ended.
+func (l *layer) healDiff() error {
+	if mark, err := l.incomplete(); err != nil || mark != incompleteEmpty {
+		return err
+	}
+	if has, err := l.has(diffName); err != nil || has {
+		return err
+	}
+	return sys.Mkdirat(l.fd, diffName, 0o755) // for replaceDiff, which gives it its metadata
 }
 
 // applyMerged unpacks through a mount of the layer, whose lock is held.

@@ -41,10 +41,13 @@ type Driver struct {
 	quota            *quota.Control
 	quotaErr         error // why quota is nil
 
+	instance string // of the filesystem that home lies on, as it is mounted now
+
 	layers layerTable
 	known  knownLinks
 	trash  trash
 	sizes  sync.Map // of final layers, by link: see layerSize
+	syncer syncer
 }
 
 // New opens the home directory, makes it if it is not there, finds out what the kernel
@@ -81,6 +84,9 @@ func newDriver(home string, opts Options) (*Driver, error) {
 	}
 	if opts.MountMethod > MountDescriptors {
 		return nil, fmt.Errorf("%w: mount method %v", ErrInvalidOption, opts.MountMethod)
+	}
+	if opts.Durability > DurabilityOff {
+		return nil, fmt.Errorf("%w: durability %v", ErrInvalidOption, opts.Durability)
 	}
 	if err := opts.IDMap.Validate(); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrInvalidOption, err)
@@ -176,7 +182,7 @@ func (d *Driver) openHome() (err error) {
 	if err := d.makePrivate(); err != nil {
 		return err
 	}
-	if err := d.recoverStaging(); err != nil {
+	if err := d.recoverHome(); err != nil {
 		return errors.Join(err, d.Cleanup())
 	}
 	return nil
@@ -216,6 +222,7 @@ func (d *Driver) Status() [][2]string {
 		{"Project Quota", strconv.FormatBool(d.hasQuota())},
 		{"Mount Method", d.opts.MountMethod.String()},
 		{"Max Depth", strconv.Itoa(d.maxDepth)},
+		{"Durability", d.opts.Durability.String()},
 	}
 }
 
@@ -270,10 +277,17 @@ func (d *Driver) Exists(id string) bool {
 	return err == nil && st.IsDir()
 }
 
-// Cleanup waits for deletions in the background and undoes what New has mounted. Mounted
-// layers stay mounted: their Puts may come from another process. The Driver can be used on.
+// Cleanup syncs what waits for that, waits for deletions in the background and undoes what
+// New has mounted. Mounted layers stay mounted: their Puts may come from another process.
+// The Driver can be used on.
 func (d *Driver) Cleanup() error {
+	err := d.flush()
 	d.trash.wait()
+	return errors.Join(err, d.unbindHome())
+}
+
+// unbindHome undoes what makePrivate did, unless layers are mounted.
+func (d *Driver) unbindHome() error {
 	if !d.boundHome {
 		return nil
 	}

@@ -89,9 +89,17 @@ func parseLower(s string) ([]string, error) {
 // linkTarget returns what the symlink of a layer in l/ must hold.
 func linkTarget(id string) string { return "../" + id + "/" + diffName }
 
-// parseLinkTarget returns the ID in the symlink of a layer.
+// incompleteTarget returns what the symlink of a layer holds whose content was lost when power
+// was cut. It leads nowhere, so that no layer above it can be mounted.
+func incompleteTarget(id string) string { return "../" + id + "/" + incompleteName }
+
+// parseLinkTarget returns the ID in the symlink of a layer. For a layer whose content was lost
+// it is returned with ErrIncomplete.
 func parseLinkTarget(target string) (id string, err error) {
 	rest, ok := strings.CutPrefix(target, "../")
+	if id, lost := strings.CutSuffix(rest, "/"+incompleteName); ok && lost && checkID(id) == nil {
+		return id, fmt.Errorf("layer %s: %w", id, ErrIncomplete)
+	}
 	id, ok2 := strings.CutSuffix(rest, "/"+diffName)
 	if !ok || !ok2 || checkID(id) != nil {
 		return "", corrupt("link target is %q, not ../ID/%s", target, diffName)
@@ -183,6 +191,28 @@ func (l *layer) checkWhole() error {
 	}
 	if incomplete {
 		return ErrIncomplete
+	}
+	return nil
+}
+
+// incomplete returns what the marker of an apply that has not ended well says, "" if there is none.
+func (l *layer) incomplete() (string, error) {
+	switch mark, err := sys.Readlinkat(l.fd, incompleteName); err {
+	case nil:
+		return mark, nil
+	case unix.ENOENT:
+		return "", nil
+	case unix.EINVAL:
+		return incompleteContent, nil // no symlink: not ours, but it says enough
+	default:
+		return "", fmt.Errorf("%s: %w", incompleteName, err)
+	}
+}
+
+// unmarkIncomplete removes the marker.
+func (l *layer) unmarkIncomplete() error {
+	if err := sys.Unlinkat(l.fd, incompleteName, 0); err != nil {
+		return fmt.Errorf("%s: %w", incompleteName, err)
 	}
 	return nil
 }

@@ -56,6 +56,8 @@ type Options struct {
 	MountOptions []string
 	// MountMethod forces a way of mounting. One that the kernel doesn't have is ErrNotSupported.
 	MountMethod MountMethod
+	// Durability says what is safe when power is cut.
+	Durability Durability
 	// OverrideKernelCheck lets New work on a kernel that is older than it asks for.
 	OverrideKernelCheck bool
 	// Log takes what cannot be returned, such as an error of a deletion in the
@@ -89,6 +91,7 @@ type Usage struct {
 //	overlay2.size=SIZE                  Options.Size, with a unit of 1024
 //	overlay2.inodes=N                   Options.Inodes
 //	overlay2.override_kernel_check=BOOL Options.OverrideKernelCheck
+//	overlay2.durability=MODE            Options.Durability: background, strict or off
 //	overlay2.mountopt=OPT[,OPT...]      Options.MountOptions
 //
 // An unknown key or a bad value is ErrInvalidOption and is named.
@@ -108,6 +111,8 @@ func ParseOptions(options []string) (Options, error) {
 			o.Inodes, err = strconv.ParseUint(value, 10, 64)
 		case "overlay2.override_kernel_check":
 			o.OverrideKernelCheck, err = strconv.ParseBool(value)
+		case "overlay2.durability":
+			o.Durability, err = parseDurability(value)
 		case "overlay2.mountopt":
 			o.MountOptions = strings.Split(value, ",")
 			err = checkMountOptions(o.MountOptions)

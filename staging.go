@@ -67,6 +67,14 @@ func (d *Driver) discard(s *staging, dirfd int, name, prefix string) (trashName 
 	return trashName, nil
 }
 
+// recoverHome finishes what a crash interrupted, of the process or of the machine.
+func (d *Driver) recoverHome() error {
+	if err := d.recoverUnsynced(); err != nil {
+		return err
+	}
+	return d.recoverStaging()
+}
+
 // recoverStaging finishes what a crash interrupted: removals, and layers that never appeared.
 func (d *Driver) recoverStaging() error {
 	s, err := d.openStaging()
@@ -105,6 +113,9 @@ func (d *Driver) recoverStaging() error {
 // link is the layer's own is what its file says; it is believed only if it fits.
 func dropLink(s *staging, name string) error {
 	fd, err := sys.OpenDirat(s.fd, name)
+	if err == unix.ENOTDIR || err == unix.ELOOP {
+		return nil // a file on its way to a layer
+	}
 	if err != nil {
 		return ignoreAbsent(err)
 	}
@@ -116,7 +127,7 @@ func dropLink(s *staging, name string) error {
 	return removeDangling(s.homefd, string(data))
 }
 
-// removeDangling removes a link from l/ unless it leads to a layer that has it as its own.
+// removeDangling removes a link from l/ unless it leads to a layer that has it as its own, or may have.
 func removeDangling(homefd int, link string) error {
 	lfd, err := sys.OpenDirat(homefd, linkDir)
 	if err != nil {
@@ -127,11 +138,11 @@ func removeDangling(homefd int, link string) error {
 	if err != nil {
 		return ignoreAbsent(err)
 	}
-	if id, err := parseLinkTarget(target); err == nil {
+	if id, _ := parseLinkTarget(target); id != "" {
 		if fd, err := sys.OpenDirat(homefd, id); err == nil {
 			data, err := sys.ReadFileAt(fd, linkName, linkid.Length)
 			_ = sys.Close(fd)
-			if err != nil || string(data) == link {
+			if err != nil || string(data) == link || !linkid.Valid(string(data)) {
 				return nil
 			}
 		}

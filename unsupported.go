@@ -120,5 +120,8 @@ func (d *Driver) GetMetadata(id string) (map[string]string, error) {
 // Cleanup does nothing.
 func (d *Driver) Cleanup() error { return nil }
 
+// Sync returns ErrNotSupported.
+func (d *Driver) Sync() error { return ErrNotSupported }
+
 // Check returns ErrNotSupported.
 func (d *Driver) Check() ([]Problem, error) { return nil, ErrNotSupported }

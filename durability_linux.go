@@ -1,0 +1,350 @@
+//go:build linux
+
+package overlay2
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/bcc2decd/overlay2/internal/linkid"
+	"github.com/bcc2decd/overlay2/internal/sys"
+	"golang.org/x/sys/unix"
+)
+
+// recoverUnsynced deals with layers that were not on the disk yet when the process that made
+// them ended. If the machine ran on, they are synced now. If power was cut, the files of
+// those that were made are written again, and those that were filled become incomplete.
+func (d *Driver) recoverUnsynced() (err error) {
+	s, err := d.openStaging()
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	if d.instance, err = sys.FSInstance(s.fd); err != nil {
+		return err
+	}
+	var names []string
+	if err := sys.ReadNames(s.fd, func(name string) bool {
+		if strings.HasPrefix(name, unsyncedPrefix) {
+			names = append(names, name)
+		}
+		return true
+	}); err != nil {
+		return fmt.Errorf("%s: %w", stagingDir, err)
+	}
+	r := replay{d: d, s: s, lfd: -1, parents: map[string]string{}}
+	defer func() { err = errors.Join(err, r.close()) }()
+	for _, name := range names {
+		same := strings.HasPrefix(name, unsyncedPrefix+d.instance+"-")
+		fd, err := s.takeUnsynced(name, same)
+		switch {
+		case err != nil:
+			return fmt.Errorf("%s/%s: %w", stagingDir, name, err)
+		case fd < 0:
+			continue
+		}
+		b := &batch{name: name, fd: fd, whole: true}
+		if !same {
+			r.batches = append(r.batches, b)
+			continue
+		}
+		d.syncer.mu.Lock()
+		d.syncer.adopted = append(d.syncer.adopted, b)
+		d.schedule(applyDelay)
+		d.syncer.mu.Unlock()
+	}
+	if len(r.batches) == 0 {
+		return nil
+	}
+	return r.run()
+}
+
+// takeUnsynced opens and locks a record that a process has left. It returns -1 if one that
+// lives owns it, or has dealt with it meanwhile.
+func (s *staging) takeUnsynced(name string, same bool) (fd int, err error) {
+	if fd, err = sys.OpenDirat(s.fd, name); err != nil {
+		return -1, ignoreAbsent(err)
+	}
+	defer func() {
+		if err != nil {
+			_ = sys.Close(fd)
+			fd = -1
+			if err == unix.EWOULDBLOCK || err == unix.ENOENT {
+				err = nil
+			}
+		}
+	}()
+	how := unix.LOCK_EX
+	if same {
+		how |= unix.LOCK_NB
+	}
+	// A record from before a power cut is held by another New that is mending: that is awaited.
+	if err := sys.Flock(fd, how); err != nil {
+		return fd, err
+	}
+	var mine, there unix.Stat_t
+	if err := sys.Fstat(fd, &mine); err != nil {
+		return fd, err
+	}
+	if err := sys.Fstatat(s.fd, name, &there); err != nil {
+		return fd, err
+	}
+	if mine.Ino != there.Ino {
+		return fd, unix.ENOENT
+	}
+	return fd, nil
+}
+
+// replay mends a home after a power cut, by the records of what was not on the disk. Each
+// step may be repeated: another power cut may undo it.
+type replay struct {
+	d       *Driver
+	s       *staging
+	lfd     int
+	batches []*batch
+	parents map[string]string // the parent's link by the link of a layer that was made
+	created []string          // links of layers that were made to be filled
+	lost    []string          // IDs of layers that were filled, or should have been
+}
+
+func (r *replay) close() (err error) {
+	for _, b := range r.batches {
+		err = errors.Join(err, sys.Close(b.fd))
+	}
+	if r.lfd >= 0 {
+		err = errors.Join(err, sys.Close(r.lfd))
+	}
+	return err
+}
+
+func (r *replay) run() (err error) {
+	if r.lfd, err = sys.OpenDirat(r.s.homefd, linkDir); err != nil {
+		return fmt.Errorf("%s: %w", linkDir, err)
+	}
+	for _, b := range r.batches {
+		if err := r.readBatch(b); err != nil {
+			return fmt.Errorf("%s/%s: %w", stagingDir, b.name, err)
+		}
+	}
+	for link := range r.parents {
+		if err := r.mend(link); err != nil {
+			return fmt.Errorf("%s/%s: %w", linkDir, link, err)
+		}
+	}
+	for _, b := range r.batches {
+		if err := r.loseApplied(b); err != nil {
+			return err
+		}
+	}
+	for _, link := range r.created {
+		if err := r.loseLayer(link, func(l *layer) error { return r.loseCreated(l, link) }); err != nil {
+			return err
+		}
+	}
+	if len(r.lost) > 0 {
+		r.d.log.WithField("layers", r.lost).Warn("overlay2: content was not on the disk when the machine stopped: incomplete")
+	}
+	if err := r.d.syncfs(r.s.fd); err != nil {
+		return err
+	}
+	return r.d.dropBatches(r.s, r.batches)
+}
+
+// readBatch notes the layers that were made.
+func (r *replay) readBatch(b *batch) error {
+	var failed error
+	err := sys.ReadNames(b.fd, func(name string) bool {
+		link, create := strings.CutPrefix(name, createPrefix)
+		if !create {
+			link, _ = strings.CutPrefix(name, readWritePrefix)
+		}
+		if !linkid.Valid(link) {
+			return true
+		}
+		if create {
+			r.created = append(r.created, link)
+		}
+		r.parents[link], failed = sys.Readlinkat(b.fd, name)
+		return failed == nil
+	})
+	return errors.Join(err, failed)
+}
+
+// open opens the layer that a link stands for; nil if there is none.
+func (r *replay) open(link string) (*layer, error) {
+	target, err := sys.Readlinkat(r.lfd, link)
+	if err != nil {
+		return nil, ignoreAbsent(err)
+	}
+	id, _ := parseLinkTarget(target)
+	if id == "" {
+		return nil, nil // tampered with: Check reports it
+	}
+	l, err := openLayer(r.d.home, id)
+	if errors.Is(err, ErrLayerNotFound) || errors.Is(err, ErrCorrupt) {
+		return nil, nil
+	}
+	return l, err
+}
+
+// mend writes the files of a layer that was made again, if they have no content. Its parent comes first.
+func (r *replay) mend(link string) error {
+	parentLink, ok := r.parents[link]
+	if !ok {
+		return nil // not ours to mend, or done
+	}
+	delete(r.parents, link)
+	if err := r.mend(parentLink); err != nil {
+		return err
+	}
+	l, err := r.open(link)
+	if err != nil {
+		return err
+	}
+	if l == nil {
+		return removeDangling(r.s.homefd, link) // it never appeared
+	}
+	defer l.close()
+	switch own, err := l.link(); {
+	case err != nil:
+		if err := r.rewrite(l, linkName, link); err != nil {
+			return err
+		}
+	case own != link:
+		return removeDangling(r.s.homefd, link) // the ID is another layer's now
+	}
+	if parentLink == noParent {
+		return nil
+	}
+	if links, err := l.lowers(); err == nil && len(links) > 0 {
+		return nil
+	}
+	p, err := r.open(parentLink)
+	if err != nil || p == nil {
+		return err
+	}
+	defer p.close()
+	above, err := p.lowers()
+	if err != nil {
+		return nil //nolint:nilerr // the parent is damaged: Check reports both
+	}
+	return r.rewrite(l, lowerName, encodeLower(append([]string{parentLink}, above...)))
+}
+
+// rewrite replaces a file of a layer, by a rename.
+func (r *replay) rewrite(l *layer, name, content string) error {
+	tmp := newPrefix + rand.Text()
+	err := sys.WriteFileAt(r.s.fd, tmp, []byte(content), 0o644)
+	if err == nil {
+		err = unix.Renameat(r.s.fd, tmp, l.fd, name)
+	}
+	if err != nil {
+		return fmt.Errorf("%s/%s: %w", l.id, name, err)
+	}
+	return nil
+}
+
+// loseApplied makes the layers incomplete that were filled. Their links lead nowhere from then
+// on, so that the layers above cannot be used either.
+func (r *replay) loseApplied(b *batch) error {
+	var links []string
+	if err := sys.ReadNames(b.fd, func(name string) bool {
+		if link, ok := strings.CutPrefix(name, applyPrefix); ok && linkid.Valid(link) {
+			links = append(links, link)
+		}
+		return true
+	}); err != nil {
+		return fmt.Errorf("%s/%s: %w", stagingDir, b.name, err)
+	}
+	for _, link := range links {
+		if err := r.loseLayer(link, func(l *layer) error { return r.lose(b, l, link) }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// loseLayer calls lose with the layer of a link, if there is one.
+func (r *replay) loseLayer(link string, lose func(*layer) error) error {
+	l, err := r.open(link)
+	if err != nil || l == nil {
+		return err
+	}
+	defer l.close()
+	if own, err := l.link(); err != nil || own != link {
+		return nil //nolint:nilerr // the ID is another layer's now
+	}
+	r.lost = append(r.lost, l.id)
+	if err := lose(l); err != nil {
+		return fmt.Errorf("%s: %w", l.id, err)
+	}
+	return nil
+}
+
+// loseCreated makes a layer incomplete that was made, and may have been filled without a trace.
+func (r *replay) loseCreated(l *layer, link string) error {
+	if err := r.s.setLink(link, incompleteTarget(l.id)); err != nil {
+		return err
+	}
+	if mark, err := l.incomplete(); err != nil || mark != "" {
+		return err
+	}
+	return l.markIncomplete()
+}
+
+// lose makes a layer incomplete that was filled.
+func (r *replay) lose(b *batch, l *layer, link string) error {
+	if err := r.s.setLink(link, incompleteTarget(l.id)); err != nil {
+		return err
+	}
+	entry := applyPrefix + link
+	err := unix.Renameat(b.fd, entry, l.fd, incompleteName)
+	if err == unix.EXDEV { // a layer with a project id of its own
+		var mark string
+		if mark, err = sys.Readlinkat(b.fd, entry); err == nil {
+			err = ignoreAbsent(sys.Unlinkat(l.fd, incompleteName, 0))
+		}
+		if err == nil {
+			err = sys.Symlinkat(mark, l.fd, incompleteName)
+		}
+	}
+	return err
+}
+
+// leadsNowhere reports whether the layer's content was lost when power was cut.
+func (s *staging) leadsNowhere(l *layer, links []string) (bool, error) {
+	if len(links) != 1 {
+		return false, nil
+	}
+	target, err := sys.Readlinkat(s.homefd, linkDir+"/"+links[0])
+	return target == incompleteTarget(l.id), err
+}
+
+// restoreLink makes the link of a layer that has content again lead to it.
+func (s *staging) restoreLink(link, id string) error {
+	lfd, err := sys.OpenDirat(s.homefd, linkDir)
+	if err != nil {
+		return fmt.Errorf("%s: %w", linkDir, err)
+	}
+	target, err := sys.Readlinkat(lfd, link)
+	_ = sys.Close(lfd) // opened for reading: nothing can be lost
+	if err == nil && target == incompleteTarget(id) {
+		return s.setLink(link, linkTarget(id))
+	}
+	return nil //nolint:nilerr // a link that is lost or leads elsewhere is not for an apply to mend
+}
+
+// setLink replaces a link in l/, by a rename.
+func (s *staging) setLink(link, target string) error {
+	tmp := newPrefix + rand.Text()
+	err := sys.Symlinkat(target, s.fd, tmp)
+	if err == nil {
+		err = unix.Renameat(s.fd, tmp, s.homefd, linkDir+"/"+link)
+	}
+	if err != nil {
+		return fmt.Errorf("%s/%s: %w", linkDir, link, err)
+	}
+	return nil
+}
