@@ -157,6 +157,9 @@ func (n *newLayer) make() (err error) {
 	}
 	defer func() {
 		made := n.id
+		if n.d.opts.Durability == DurabilityStrict {
+			made = syncNothing // it is on the disk
+		}
 		if err != nil {
 			made = syncNothing
 			err = errors.Join(err, n.undo())
@@ -187,8 +190,11 @@ func (n *newLayer) make() (err error) {
 
 // record notes the layer as not on the disk yet, as the Driver's durability asks for.
 func (n *newLayer) record() (err error) {
-	if n.d.opts.Durability != DurabilityBackground {
+	switch n.d.opts.Durability {
+	case DurabilityOff:
 		return nil
+	case DurabilityStrict:
+		n.entry = readWritePrefix // it will not be lost, but its link may be left
 	}
 	parentLink := noParent
 	if len(n.lowers) > 0 {

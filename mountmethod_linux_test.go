@@ -248,6 +248,7 @@ func TestKnownLinks(t *testing.T) {
 			overlaytest.NoLeaks(t)
 			d, err := New(t.TempDir(), Options{})
 			must(t, err)
+			t.Cleanup(func() { must(t, d.Cleanup()) })
 			must(t, d.Create("base", "", nil))
 			must(t, d.Create("other", "", nil))
 			must(t, os.Mkdir(d.home+"/other/diff2", 0o755))
