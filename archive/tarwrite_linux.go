@@ -311,10 +311,6 @@ func octal(field []byte, v int64) {
 func finish(b []byte) {
 	copy(b[257:265], "ustar\x0000")
 	copy(b[148:156], "        ")
-	sum := int64(0)
-	for _, c := range b[:blockSize] {
-		sum += int64(c)
-	}
-	octal(b[148:155], sum)
-	b[155] = ' '
+	octal(b[148:155], sumBytes(b[:blockSize]))
+	b[154] = 0 // before the last blank: as POSIX has this field, and no other
 }
