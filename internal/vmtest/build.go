@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -19,9 +20,9 @@ type testBinary struct {
 
 // build compiles the tests of all packages whose path has one of the prefixes, statically, so that they
 // run in any guest of the architecture; and the guests' init.
-func build(repo, out, arch string, prefixes []string) (tests []testBinary, guestInit string, err error) {
+func build(ctx context.Context, repo, out, arch string, prefixes []string) (tests []testBinary, guestInit string, err error) {
 	run := func(args ...string) (string, error) {
-		cmd := exec.Command("go", args...)
+		cmd := exec.CommandContext(ctx, "go", args...)
 		cmd.Dir = repo
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+arch)
 		cmd.Stderr = os.Stderr

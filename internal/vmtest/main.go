@@ -111,7 +111,7 @@ func runGuest(ctx context.Context, o options, g guest) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
-	tests, guestInit, err := build(o.repo, tmp, g.arch, split(o.packages))
+	tests, guestInit, err := build(ctx, o.repo, tmp, g.arch, split(o.packages))
 	if err != nil {
 		return err
 	}
