@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	"github.com/bcc2decd/overlay2/internal/sys"
@@ -417,6 +418,13 @@ func TestPropagation(t *testing.T) {
 		must(t, hold.Close())
 		must(t, other.Wait())
 	})
+	// A namespace made later would begin with a copy of the layer's mount.
+	for own, theirs := "", ""; own == theirs; time.Sleep(time.Millisecond) {
+		own, err = os.Readlink("/proc/self/ns/mnt")
+		must(t, err)
+		theirs, err = os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", other.Process.Pid))
+		must(t, err)
+	}
 	d := newTestDriver(t, dir+"/home", Options{})
 	must(t, d.Create("base", "", nil))
 	must(t, d.CreateReadWrite("box", "base", nil))
