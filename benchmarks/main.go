@@ -257,6 +257,9 @@ func (b *bench) onFS(o *options, fs string, sets []*dataset) error {
 // describeMachine says what was measured on, as far as it can be found out.
 func describeMachine(root string) machine {
 	m := machine{When: time.Now().UTC().Format("2006-01-02 15:04"), CPU: cpuModel()}
+	if load, err := os.ReadFile("/proc/loadavg"); err == nil {
+		m.Load, _, _ = strings.Cut(string(load), " ")
+	}
 	for _, c := range []struct {
 		to   *string
 		args []string

@@ -21,11 +21,14 @@ type machine struct {
 	Kernel string `json:"kernel"`
 	Go     string `json:"go"`
 	Commit string `json:"commit"`
+	// Load is the load average of the last minute: what else the machine had to do.
+	Load string `json:"load"`
 }
 
 // report is a run's results and what there is to say of it.
 type report struct {
 	Machine machine   `json:"machine"`
+	Others  []machine `json:"others,omitempty"` // of further runs that were joined
 	Systems []string  `json:"systems"`
 	Data    []string  `json:"data"`
 	Notes   []string  `json:"notes,omitempty"`
@@ -57,8 +60,7 @@ func (r *report) save(path string) error {
 	return os.WriteFile(path, append(data, '\n'), 0o644)
 }
 
-// loadReports joins the results of several runs: the machine is the first one's, values
-// of one key are put together.
+// loadReports joins the results of several runs. Values of one key are put together.
 func loadReports(paths []string) (*report, error) {
 	var all *report
 	for _, p := range paths {
@@ -72,7 +74,10 @@ func loadReports(paths []string) (*report, error) {
 		}
 		if all == nil {
 			all = &report{Machine: r.Machine, results: newResults()}
+		} else {
+			all.Others = append(all.Others, r.Machine)
 		}
+		all.Others = append(all.Others, r.Others...)
 		all.Systems = union(all.Systems, r.Systems)
 		all.Data = union(all.Data, r.Data)
 		all.Notes = union(all.Notes, r.Notes)
@@ -271,8 +276,9 @@ func shorten(s string, n int) string {
 // text is the whole generated part.
 func (r *report) text() string {
 	var b strings.Builder
-	m := r.Machine
-	fmt.Fprintf(&b, "%s UTC, %s, %s, %s, commit %s.\n", m.When, m.CPU, m.Kernel, m.Go, m.Commit)
+	for _, m := range append([]machine{r.Machine}, r.Others...) {
+		fmt.Fprintf(&b, "- %s UTC, %s, %s, %s, commit %s, load %s at the start\n", m.When, m.CPU, m.Kernel, m.Go, m.Commit, m.Load)
+	}
 	if len(r.Data) > 0 {
 		b.WriteString("\nData (sha256, bytes, entries):\n\n```\n" + strings.Join(r.Data, "\n") + "\n```\n")
 	}

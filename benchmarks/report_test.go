@@ -131,6 +131,9 @@ func TestSaveAndLoad(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if got := strings.Count(twice.text(), "a processor"); got != 2 {
+		t.Errorf("%d machines of two runs", got)
+	}
 	if got := len(twice.results.list[0].Values); got != 6 {
 		t.Errorf("%d values of two runs with 3 each", got)
 	}
