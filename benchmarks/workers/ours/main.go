@@ -14,12 +14,23 @@ import (
 
 func main() { wire.Main(&system{}) }
 
-type system struct{ driver *overlay2.Driver }
+type system struct {
+	driver *overlay2.Driver
+	strict bool
+}
 
-func (s *system) Open(home string, _ bool) (err error) {
-	s.driver, err = overlay2.New(home, overlay2.Options{})
+// Open takes the defaults; a durable store is one in the strict mode.
+func (s *system) Open(home string, durable bool) (err error) {
+	var opts overlay2.Options
+	if s.strict = durable; durable {
+		opts.Durability = overlay2.DurabilityStrict
+	}
+	s.driver, err = overlay2.New(home, opts)
 	return err
 }
+
+// Durable reports that what returned is on the disk: no sync is to be added.
+func (s *system) Durable() bool { return s.strict }
 
 // Close waits for the deletions that Remove leaves to the background.
 func (s *system) Close() error {
