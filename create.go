@@ -95,7 +95,7 @@ func (d *Driver) openParent(id string) (*layer, error) {
 		return nil, err
 	}
 	// It may have been removed between the open and the lock.
-	err = errors.Join(p.checkWhole(), p.checkDiff())
+	err = errors.Join(p.checkWhole(), p.checkDiff(), d.checkSynced(p))
 	if still, err2 := openLayer(d.home, id); err2 != nil {
 		err = err2
 	} else {
@@ -381,6 +381,7 @@ func (d *Driver) removeUnused(l *layer, s *staging, links []string) error {
 	}); err != nil {
 		return err
 	}
+	d.volatile.drop(l.id)
 	// Last, as a New after a crash reads in it which link to remove.
 	defer d.trash.add(d, trashName)
 	for _, link := range links {

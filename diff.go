@@ -262,6 +262,9 @@ func (d *Driver) pair(l *layer, parent string) (lowers []string, native bool, er
 	if err := l.checkDiff(); err != nil {
 		return nil, false, err
 	}
+	if err := d.checkSynced(l); err != nil {
+		return nil, false, err
+	}
 	switch {
 	case len(ids) == 0:
 		native = parent == ""

@@ -43,11 +43,12 @@ type Driver struct {
 
 	instance string // of the filesystem that home lies on, as it is mounted now
 
-	layers layerTable
-	known  knownLinks
-	trash  trash
-	sizes  sync.Map // of final layers, by link: see layerSize
-	syncer syncer
+	layers   layerTable
+	known    knownLinks
+	volatile volatileLayers
+	trash    trash
+	sizes    sync.Map // of final layers, by link: see layerSize
+	syncer   syncer
 }
 
 // New opens the home directory, makes it if it is not there, finds out what the kernel
@@ -222,6 +223,7 @@ func (d *Driver) Status() [][2]string {
 		{"Project Quota", strconv.FormatBool(d.hasQuota())},
 		{"Mount Method", d.opts.MountMethod.String()},
 		{"Max Depth", strconv.Itoa(d.maxDepth)},
+		{"Mount Options", strings.Join(d.mountOptions, ",")},
 		{"Durability", d.opts.Durability.String()},
 	}
 }

@@ -37,6 +37,9 @@ var (
 	ErrCorrupt = errors.New("layer is corrupt")
 	// ErrIncomplete says that the last ApplyDiff to a layer did not end well. Remove it or apply again.
 	ErrIncomplete = errors.New("layer is incomplete")
+	// ErrUnsynced says that the layer was mounted with the option volatile by a process that is no
+	// more: what it holds may be what a crash left. Remove it, or accept it by ResetVolatile.
+	ErrUnsynced = errors.New("layer may not have reached the disk")
 )
 
 // LayerError is an error of a call on one layer.

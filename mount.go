@@ -96,6 +96,9 @@ func (d *Driver) mountLayer(l *layer, mounts int, mountLabel string) (path strin
 // mounted there already.
 func (d *Driver) mountAtMerged(l *layer, mount func() error) (adopted bool, err error) {
 	if adopted, err = d.makeMerged(l); err != nil || adopted {
+		if adopted && err == nil {
+			err = d.adoptVolatile(l)
+		}
 		return adopted, err
 	}
 	if err := mount(); err != nil {
@@ -165,11 +168,12 @@ func (l *layer) mounted() (bool, error) {
 
 // mountOverlay mounts the layer at its merged directory.
 func (d *Driver) mountOverlay(l *layer, spec mountSpec) error {
-	if err := spec.mount(l.id+"/"+mergedName, d.opts.MountMethod, d.facts); err != nil {
-		return err
-	}
+	mount := func() error { return spec.mount(l.id+"/"+mergedName, d.opts.MountMethod, d.facts) }
 	if spec.upper == "" {
-		return nil
+		return mount()
+	}
+	if err := d.mountVolatile(l, mount); err != nil {
+		return err
 	}
 	return d.chownWork(l)
 }
@@ -248,10 +252,13 @@ func (d *Driver) checkMounted(id string) error {
 	}
 	defer l.close()
 	mounted, err := l.mounted()
-	if err == nil && !mounted {
-		err = ErrNotMounted
+	switch {
+	case err != nil:
+		return err
+	case !mounted:
+		return ErrNotMounted
 	}
-	return err
+	return d.adoptVolatile(l)
 }
 
 // unmountMerged detaches the mount at path, a layer's merged, if there is one, and removes

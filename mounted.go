@@ -53,7 +53,7 @@ func (d *Driver) view(id string, opts MountOpts) (*Mount, error) {
 		return nil, err
 	}
 	defer l.close()
-	if err := l.checkWhole(); err != nil {
+	if err := errors.Join(l.checkWhole(), d.checkSynced(l)); err != nil {
 		return nil, err
 	}
 	fd, err := d.viewLayer(l, opts)

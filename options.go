@@ -53,6 +53,7 @@ type Options struct {
 	IDMap archive.IDMap
 	// MountOptions are passed to every overlay mount: "metacopy=on", "redirect_dir=on",
 	// "xino=auto", "volatile" and the like. Options that the driver sets itself are refused.
+	// With volatile nothing is synced when a layer is unmounted; see ErrUnsynced.
 	MountOptions []string
 	// MountMethod forces a way of mounting. One that the kernel doesn't have is ErrNotSupported.
 	MountMethod MountMethod

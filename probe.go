@@ -184,8 +184,17 @@ func (f *facts) probeLayers(tmp string, opts Options) error {
 		work:    "up/work",
 		options: append(f.mountOptions(), opts.MountOptions...),
 	}
+	if err := f.checkUserOptions(opts.MountOptions); err != nil {
+		return err
+	}
 	if err := spec.mount(mergedName, MountLegacy, *f); err != nil {
 		switch {
+		case errors.Is(err, unix.EINVAL) && len(opts.MountOptions) > 0:
+			spec.options = f.mountOptions()
+			if spec.mount(mergedName, MountLegacy, *f) == nil {
+				return unsupported("the kernel refuses mount options %q: %w", opts.MountOptions, err)
+			}
+			return fmt.Errorf("%w: %w", ErrIncompatibleFS, err)
 		case errors.Is(err, unix.ENODEV):
 			return unsupported("the kernel has no overlay filesystem: %w", err)
 		case errors.Is(err, unix.EPERM):
@@ -200,6 +209,7 @@ func (f *facts) probeLayers(tmp string, opts Options) error {
 	if err := sys.Unmount(filepath.Join(tmp, mergedName)); err != nil {
 		return err
 	}
+	spec.upper, spec.work = "", "" // a second mount of them would meet what volatile left
 	f.probeNewAPI(spec)
 	if f.newAPI != yes || opts.MountMethod == MountDescriptors {
 		return f.probeDescriptors(spec)
@@ -220,7 +230,6 @@ func mountAnswer(err error) answer {
 
 // probeNewAPI makes a read-only mount that it does not attach.
 func (f *facts) probeNewAPI(spec mountSpec) {
-	spec.upper, spec.work = "", ""
 	fd, err := spec.detached(0)
 	if err == nil {
 		err = sys.Close(fd)
@@ -236,6 +245,20 @@ func (f *facts) probeDescriptors(spec mountSpec) error {
 		return nil
 	}
 	return sys.Unmount(filepath.Join(spec.home, mergedName))
+}
+
+// checkUserOptions refuses what the kernel does without trusted xattrs (ovl_fs_params_verify of
+// fs/overlayfs/params.c), to say why.
+func (f *facts) checkUserOptions(options []string) error {
+	if !f.userxattr {
+		return nil
+	}
+	for _, o := range options {
+		if o == "metacopy=on" || o == "redirect_dir=on" {
+			return fmt.Errorf("%w: mount option %q cannot be used in a user namespace", ErrInvalidOption, o)
+		}
+	}
+	return nil
 }
 
 // probeDType looks for the types of the directories that lie in tmp.

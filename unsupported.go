@@ -61,6 +61,9 @@ func (d *Driver) Mount(id string, _ MountOpts) (*Mount, error) {
 	return nil, layerErr("mount", id, ErrNotSupported)
 }
 
+// ResetVolatile returns ErrNotSupported.
+func (d *Driver) ResetVolatile(id string) error { return layerErr("reset", id, ErrNotSupported) }
+
 // MountData returns ErrNotSupported.
 func (d *Driver) MountData(id, _ string) (MountData, error) {
 	return MountData{}, layerErr("mount data", id, ErrNotSupported)

@@ -1,0 +1,143 @@
+package overlay2
+
+import (
+	"errors"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
+	"golang.org/x/sys/unix"
+)
+
+// TestVolatile: a layer mounted with volatile can be used by its Driver as any other. For the
+// next process it may be what a crash left, until somebody says that it is not.
+func TestVolatile(t *testing.T) {
+	overlaytest.Require(t, "root", "overlay")
+	for _, method := range methods(t) {
+		t.Run(method.String(), func(t *testing.T) {
+			opts := Options{MountOptions: []string{"volatile"}, MountMethod: method}
+			d := newTestDriver(t, t.TempDir(), opts)
+			if got := statusOf(d, "Mount Options"); !strings.Contains(got, "volatile") {
+				t.Errorf("Status says %q", got)
+			}
+			deepChain(t, d, 2)
+			must(t, d.CreateReadWrite("box", "layer1", nil))
+			for range 3 {
+				path, put := get(t, d, "box")
+				must(t, os.WriteFile(path+"/f", nil, 0o600))
+				put()
+			}
+			if _, err := os.Stat(d.home + "/box/" + volatileMark); err != nil {
+				t.Fatalf("the kernel makes no mark: %v", err)
+			}
+			_, err := d.DiffSize("box", "layer1")
+			must(t, err)
+
+			for _, next := range []*Driver{openTestDriver(t, d.home, opts), openTestDriver(t, d.home, Options{MountMethod: method})} {
+				_, err = next.Get("box", "")
+				wantErr(t, err, ErrUnsynced)
+				_, err = next.Mount("box", MountOpts{})
+				wantErr(t, err, ErrUnsynced)
+				_, err = next.DiffSize("box", "layer1")
+				wantErr(t, err, ErrUnsynced)
+				_, err = next.Diff("box", "layer1")
+				wantErr(t, err, ErrUnsynced)
+				wantErr(t, next.Create("child", "box", nil), ErrUnsynced)
+				if _, err := os.Lstat(d.home + "/box/merged"); !errors.Is(err, os.ErrNotExist) {
+					t.Errorf("merged: %v", err)
+				}
+			}
+			next := openTestDriver(t, d.home, opts)
+			must(t, next.ResetVolatile("box"))
+			must(t, next.ResetVolatile("box"))
+			path, put := get(t, next, "box")
+			if _, err := os.Stat(path + "/f"); err != nil {
+				t.Error(err)
+			}
+			wantErr(t, next.ResetVolatile("box"), ErrLayerInUse)
+			put()
+			wantErr(t, next.ResetVolatile("none"), ErrLayerNotFound)
+
+			// A mount that is adopted is alive: nothing has crashed.
+			_, err = next.Get("box", "")
+			must(t, err)
+			last := openTestDriver(t, d.home, opts)
+			must(t, last.Put("box"))
+			_, put = get(t, last, "box")
+			put()
+
+			// What is unsynced can be removed, and its name used again.
+			must(t, d.Remove("box"))
+			must(t, d.Create("box", "layer1", nil))
+			_, put = get(t, d, "box")
+			put()
+		})
+	}
+}
+
+// TestMountOptions: options reach the kernel, whichever way it is told.
+func TestMountOptions(t *testing.T) {
+	overlaytest.Require(t, "root", "overlay")
+	for _, method := range methods(t) {
+		for option, shown := range map[string]string{"redirect_dir=on": "redirect_dir=on", "metacopy=on": "metacopy=on", "xino=on": "xino=on", "volatile": "volatile", "index=on": "index=on"} {
+			t.Run(method.String()+"/"+option, func(t *testing.T) {
+				d := newTestDriver(t, t.TempDir(), Options{MountOptions: []string{option}, MountMethod: method})
+				deepChain(t, d, 2)
+				must(t, d.CreateReadWrite("box", "layer1", nil))
+				_, put := get(t, d, "box")
+				defer put()
+				mounts, err := os.ReadFile("/proc/self/mountinfo")
+				must(t, err)
+				for line := range strings.Lines(string(mounts)) {
+					if strings.Contains(line, d.home+"/box/merged") && !strings.Contains(line, shown) {
+						t.Errorf("not shown: %s", line)
+					}
+				}
+				if got := statusOf(d, "Mount Options"); !strings.Contains(got, option) {
+					t.Errorf("Status says %q", got)
+				}
+			})
+		}
+	}
+}
+
+// TestRefusedOption: options that the kernel refuses together (nfs_export wants index) are named, and
+// nothing else is blamed.
+func TestRefusedOption(t *testing.T) {
+	overlaytest.Require(t, "root", "overlay")
+	overlaytest.NoLeaks(t)
+	_, err := New(t.TempDir()+"/home", Options{MountOptions: []string{"xino=on", "nfs_export=on"}})
+	if err == nil || errors.Is(err, ErrIncompatibleFS) || !errors.Is(err, ErrNotSupported) || !errors.Is(err, unix.EINVAL) {
+		t.Errorf("got %v", err)
+	}
+	f := facts{userxattr: true}
+	if err := f.checkUserOptions([]string{"xino=on", "metacopy=on"}); !errors.Is(err, ErrInvalidOption) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// TestMountLabelled: with SELinux on the label is the mount's, commas and all.
+func TestMountLabelled(t *testing.T) {
+	overlaytest.Require(t, "root", "overlay", "selinux")
+	const label = "system_u:object_r:tmp_t:s0:c1,c2"
+	for _, method := range methods(t) {
+		t.Run(method.String(), func(t *testing.T) {
+			d := newTestDriver(t, t.TempDir(), Options{MountMethod: method})
+			deepChain(t, d, 2)
+			must(t, d.CreateReadWrite("box", "layer1", nil))
+			path, err := d.Get("box", label)
+			must(t, err)
+			defer func() { must(t, d.Put("box")) }()
+			buf := make([]byte, 256)
+			n, err := unix.Lgetxattr(path+"/f0", "security.selinux", buf)
+			must(t, err)
+			if got := strings.TrimRight(string(buf[:n]), "\x00"); got != label {
+				t.Errorf("labelled %q", got)
+			}
+			m, err := d.Mount("layer1", MountOpts{Label: label})
+			must(t, err)
+			must(t, m.Close())
+		})
+	}
+}
