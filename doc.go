@@ -28,12 +28,17 @@
 //	<home>/<id>/work                    the kernel's work directory, for a layer with a parent
 //	<home>/<id>/merged                  the mount point, while the layer is mounted
 //	<home>/<id>/committed               empty; the layer has had a child
-//	<home>/<id>/incomplete              while a diff is applied, and after that failed
+//	<home>/<id>/incomplete              while a diff is applied, and after that failed or was lost
 //	<home>/staging                      layers being made and layers being deleted
 //
 // A layer appears and disappears by one rename between the home and staging. What a crash leaves
 // lies in staging, and the next [New] deletes it. docs/format.md has the details and all that
 // [Driver.Check] tests.
+//
+// # Crashes
+//
+// When the process is killed nothing that had returned is lost. What a power cut may cost
+// depends on [Options].Durability: see docs/durability.md and [Driver.Sync].
 //
 // # Locks
 //
