@@ -150,6 +150,9 @@ func measureAll(ctx context.Context, o *options) (rep *report, err error) {
 		s.build(ctx, o.root, bin)
 		if s.broken != "" {
 			log("%s: no rows: %s", s.name, s.broken)
+			if s.role == ours {
+				b.results.fail(key{Row: "build", System: s.name}, unitCount, errors.New(s.broken))
+			}
 		}
 		b.systems = append(b.systems, s)
 	}
@@ -182,6 +185,7 @@ func (b *bench) all(o *options, rep *report) (err error) {
 	defer func() { err = errors.Join(err, free()) }()
 
 	var sets []*dataset
+	var missing error // what could not be made is told again at the end
 	for _, name := range strings.Split(o.sets, ",") {
 		d, err := makeData(b.ctx, o.root, o.data, name)
 		if err == nil {
@@ -189,7 +193,8 @@ func (b *bench) all(o *options, rep *report) (err error) {
 		}
 		if err != nil {
 			b.log("%s: no rows: %v", name, err)
-			rep.Notes = append(rep.Notes, "data "+name+": "+err.Error())
+			rep.Notes = append(rep.Notes, err.Error())
+			missing = errors.Join(missing, err)
 			continue
 		}
 		b.log("data %s", d.line)
@@ -207,9 +212,9 @@ func (b *bench) all(o *options, rep *report) (err error) {
 		}
 	}
 	if wants(o.rows, "calls") && len(sets) > 0 {
-		return b.calls(smallest(sets))
+		err = b.calls(smallest(sets))
 	}
-	return nil
+	return errors.Join(err, missing)
 }
 
 // smallest returns the set with the fewest bytes.

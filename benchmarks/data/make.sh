@@ -83,11 +83,13 @@ prune() {
 	find . -mindepth 1 -type d -exec touch -d @1700000000 {} +
 }
 
+tmp=
+trap 'rm -rf "$tmp"' EXIT
+
 make_set() {
-	local set=$1 out=$dir/$1.tar tmp list
+	local set=$1 out=$dir/$1.tar list
 	if [ ! -f "$out" ] || [ ! -f "$dir/$set.sum" ]; then
 		tmp=$(mktemp -d "$dir/.$set.XXXXXX")
-		trap 'rm -rf "$tmp"' EXIT
 		list=$(packages "$set")
 		mkdir "$tmp/debs" "$tmp/root"
 		# shellcheck disable=SC2086 # one word a package
@@ -104,7 +106,6 @@ make_set() {
 		mv "$out.part" "$out"
 		mv "$dir/$set.sum.part" "$dir/$set.sum"
 		rm -rf "$tmp"
-		trap - EXIT
 	fi
 	cat "$dir/$set.sum"
 }
