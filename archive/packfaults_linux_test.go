@@ -266,7 +266,7 @@ func TestPackMissing(t *testing.T) {
 // A filesystem that dies under Pack is an error of Read.
 func TestPackDeadFilesystem(t *testing.T) {
 	overlaytest.Require(t, "root", "ext4")
-	base := overlaytest.MountFS(t, overlaytest.FS{Name: "ext4"})
+	base := overlaytest.MountFS(t, overlaytest.FS{Name: "ext4", Size: 256 << 20}) // of its own, as it dies
 	dir := filepath.Join(base, "tree")
 	var tree strings.Builder
 	for _, name := range overlaytest.Names(100) {

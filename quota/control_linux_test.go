@@ -569,7 +569,7 @@ func TestOpenSaysWhatIsMissing(t *testing.T) {
 		{overlaytest.FS{Name: "xfs", Options: "usrquota"}, "mount it with -o prjquota"},
 		{overlaytest.FS{Name: "ext4", Size: 64 << 20}, "-O quota,project"},
 		{overlaytest.FS{Name: "btrfs"}, "need xfs or ext4"},
-		{overlaytest.FS{Name: "tmpfs"}, "need xfs or ext4"},
+		{overlaytest.FS{Name: "tmpfs", Size: 1 << 20}, "need xfs or ext4"},
 	} {
 		t.Run(c.fs.Name+c.fs.Options, func(t *testing.T) {
 			if c.fs.Options == "usrquota" {

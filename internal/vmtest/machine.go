@@ -57,6 +57,9 @@ func (m *machine) env() []string {
 	env := []string{"OVERLAY2_TEST_REQUIRE=" + m.guest.require, "TMPDIR=/mnt/" + m.guest.disks[0] + "/tmp"}
 	if m.guest.testFS != "" {
 		env = append(env, "OVERLAY2_TEST_FS="+m.guest.testFS)
+		if !strings.Contains(m.guest.testFS, "tmpfs") {
+			env = append(env, "OVERLAY2_TEST_DIR_TMPFS=/mnt/"+m.guest.disks[0])
+		}
 	}
 	for _, name := range m.guest.disks {
 		env = append(env, "OVERLAY2_TEST_DIR_"+strings.ToUpper(name)+"=/mnt/"+name)
