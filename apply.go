@@ -1,0 +1,247 @@
+//go:build linux
+
+package overlay2
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/bcc2decd/overlay2/archive"
+	"github.com/bcc2decd/overlay2/internal/sys"
+	"golang.org/x/sys/unix"
+)
+
+// What an incomplete marker leads to: whether the layer had content before the apply that
+// did not end well. Without, the next apply starts from an empty layer.
+const (
+	incompleteEmpty   = "empty"
+	incompleteContent = "content"
+)
+
+// ApplyDiff unpacks a tar, not compressed, into the layer, and returns the size of the
+// layer's content in bytes, as DiffSize would. The stream is read to its end; whiteouts
+// (".wh.NAME", ".wh..wh..opq") hide what the parents have.
+//
+// If it does not end well the error names the entry, and the layer is ErrIncomplete
+// for every other call until it is removed or a diff is applied to it again; after a
+// crash too. A layer with children is ErrLayerInUse.
+func (d *Driver) ApplyDiff(id, parent string, diff io.Reader) (int64, error) {
+	size, err := d.applyDiff(id, parent, diff)
+	return size, layerErr("apply", id, err)
+}
+
+func (d *Driver) applyDiff(id, parent string, diff io.Reader) (int64, error) {
+	if err := checkID(id); err != nil {
+		return 0, err
+	}
+	state, unlock := d.layers.lockChild(id, parent)
+	defer unlock()
+	l, err := openLayer(d.home, id)
+	if err != nil {
+		return 0, err
+	}
+	defer l.close()
+	if err := l.healDiff(); err != nil {
+		return 0, err
+	}
+	lowers, native, err := d.pair(l, parent)
+	if err != nil {
+		return 0, err
+	}
+	if err := d.beginApply(l, state); err != nil {
+		return 0, err
+	}
+	opts := archive.UnpackOptions{Format: d.format, IDMap: d.opts.IDMap, Lowers: lowers}
+	var stats archive.Stats
+	if native && state.mounts == 0 {
+		stats, err = d.limitedUnpack(l, func(ctx context.Context, progress func(archive.Stats)) (archive.Stats, error) {
+			opts.Progress = progress
+			return archive.Unpack(ctx, l.path(diffName), diff, opts)
+		})
+	} else {
+		stats, err = d.applyMerged(l, state, diff)
+	}
+	if err != nil {
+		return 0, err
+	}
+	return stats.Size, d.endApply(l)
+}
+
+// beginApply marks the layer incomplete, and empties it if an earlier apply to it, when it
+// was new, did not end well. Until the layer is closed no other process makes a child of it.
+func (d *Driver) beginApply(l *layer, state *layerState) error {
+	if err := sys.Flock(l.fd, unix.LOCK_EX); err != nil {
+		return err
+	}
+	s, err := d.openStaging()
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	links, err := s.ownLinks(l)
+	if err != nil {
+		return err
+	}
+	if lost, err := s.leadsNowhere(l, links); err != nil {
+		return err
+	} else if !lost { // otherwise its children cannot be in use, and wait for it
+		if err := s.checkChildless(l, links); err != nil {
+			return err
+		}
+	}
+	switch mark, err := l.incomplete(); {
+	case err != nil:
+		return err
+	case mark == "":
+		if err := l.markIncomplete(); err != nil || d.opts.Durability != DurabilityBackground {
+			return err
+		}
+		link, err := l.link()
+		if err != nil {
+			return err
+		}
+		return d.recordBegin(l, link)
+	case mark == incompleteEmpty && state.mounts == 0:
+		return d.renewDiff(l, s)
+	}
+	return nil
+}
+
+// endApply makes a layer that was filled whole again.
+func (d *Driver) endApply(l *layer) error {
+	s, err := d.openStaging()
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	link, err := l.link()
+	if err != nil {
+		return err
+	}
+	if err := s.restoreLink(link, l.id); err != nil {
+		return err
+	}
+	switch d.opts.Durability {
+	case DurabilityBackground:
+		return d.recordApply(l, s, link)
+	case DurabilityStrict:
+		if err := d.syncfs(l.fd); err != nil {
+			return fmt.Errorf("sync: %w", err)
+		}
+		if err := l.unmarkIncomplete(); err != nil {
+			return err
+		}
+		if err := d.synced(sys.Fsync(l.fd)); err != nil {
+			return fmt.Errorf("sync: %w", err)
+		}
+		return nil
+	}
+	return l.unmarkIncomplete()
+}
+
+// markIncomplete makes the marker. It is a symlink, which is whole or not there, when power is cut too.
+func (l *layer) markIncomplete() error {
+	content := incompleteEmpty
+	fd, err := sys.OpenDirat(l.fd, diffName)
+	if err == nil {
+		err = sys.ReadNames(fd, func(string) bool { content = incompleteContent; return false })
+		err = errors.Join(err, sys.Close(fd))
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", diffName, err)
+	}
+	if err := sys.Symlinkat(content, l.fd, incompleteName); err != nil {
+		return fmt.Errorf("%s: %w", incompleteName, err)
+	}
+	return nil
+}
+
+// renewDiff replaces diff by an empty directory with the same metadata as a new layer's.
+func (d *Driver) renewDiff(l *layer, s *staging) error {
+	n := newLayer{d: d, s: s, id: l.id}
+	links, err := l.lowers()
+	if err != nil {
+		return err
+	}
+	if len(links) > 0 {
+		ids, err := resolve(d.home, links[:1])
+		if err != nil {
+			return err
+		}
+		if n.parent, err = openLayer(d.home, ids[0]); err != nil {
+			return fmt.Errorf("parent %s: %w", ids[0], err)
+		}
+		defer n.parent.close()
+	}
+	return n.replaceDiff(l)
+}
+
+// replaceDiff swaps the layer's diff for a new one: at any moment there is one.
+func (n *newLayer) replaceDiff(l *layer) (err error) {
+	n.name = newPrefix + rand.Text()
+	if err := sys.Mkdirat(n.s.fd, n.name, 0o700); err != nil {
+		return fmt.Errorf("%s: %w", stagingDir, err)
+	}
+	defer func() {
+		trashName, err2 := n.d.discard(n.s, n.s.fd, n.name, trashDiffPrefix)
+		if err2 == nil {
+			n.d.trash.add(n.d, trashName)
+			if n.d.hasQuota() {
+				n.d.trash.wait() // the old content counts against the layer's limits
+			}
+		}
+		err = errors.Join(err, err2)
+	}()
+	fd, err := sys.OpenDirat(n.s.fd, n.name)
+	if err != nil {
+		return fmt.Errorf("%s: %w", stagingDir, err)
+	}
+	defer func() { err = errors.Join(err, sys.Close(fd)) }()
+	if err := n.makeDiff(fd); err != nil {
+		return fmt.Errorf("%s: %w", diffName, err)
+	}
+	err = sys.RenameExchange(fd, diffName, l.fd, diffName)
+	if err == unix.EXDEV || err == unix.EINVAL {
+		// A layer with a project of its own takes nothing from elsewhere; or a filesystem that
+		// cannot swap. After a crash between these two healDiff makes the directory.
+		if err = unix.Renameat(l.fd, diffName, fd, "old"); err == nil {
+			err = n.makeDiff(l.fd)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", diffName, err)
+	}
+	return nil
+}
+
+// healDiff makes the diff of a layer that was to be emptied when the process ended.
+func (l *layer) healDiff() error {
+	if mark, err := l.incomplete(); err != nil || mark != incompleteEmpty {
+		return err
+	}
+	if has, err := l.has(diffName); err != nil || has {
+		return err
+	}
+	return sys.Mkdirat(l.fd, diffName, 0o755) // for replaceDiff, which gives it its metadata
+}
+
+// applyMerged unpacks through a mount of the layer, whose lock is held.
+func (d *Driver) applyMerged(l *layer, state *layerState, diff io.Reader) (stats archive.Stats, err error) {
+	path, adopted, err := d.mountLayer(l, state.mounts, "")
+	if err != nil {
+		return stats, err
+	}
+	if adopted {
+		state.mounts++
+	} else if state.mounts == 0 {
+		defer func() { err = errors.Join(err, d.unmountMerged(l.path(mergedName))) }()
+	}
+	opts := archive.UnpackOptions{Format: archive.Merged, IDMap: d.opts.IDMap}
+	if _, err := archive.Unpack(context.Background(), path, diff, opts); err != nil {
+		return stats, err
+	}
+	return archive.Usage(context.Background(), l.path(diffName))
+}
