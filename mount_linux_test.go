@@ -187,6 +187,7 @@ func TestTampered(t *testing.T) {
 			must(t, d.CreateReadWrite("box", "base", nil))
 			must(t, d.CreateReadWrite("bystander", "", nil))
 			must(t, d.Sync()) // later it would remove its record
+			d.trash.wait()
 			tamper(t, d.home)
 			before := overlaytest.Tree(t, dir)
 			path, err := d.Get("box", "")
