@@ -16,11 +16,11 @@ func chartRows() []string {
 }
 
 const (
-	chartWidth = 860
+	chartWidth = 900
 	chartLabel = 250
 	chartBar   = 11
 	chartScale = 130 // pixels for the best peer's time
-	chartMost  = 4.2 // times the best peer's; what is longer is cut and labelled
+	chartMost  = 4.2 // times the best peer's; what is longer is cut, with the number of times in brackets
 )
 
 // chart draws each row's values, the best peer's being 1. Shorter is better.
@@ -52,7 +52,7 @@ func (r *report) chart() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, `<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" font-family="sans-serif" font-size="12">`+"\n", chartWidth, y+10)
 	fmt.Fprintf(&b, `<rect width="100%%" height="100%%" fill="#ffffff"/>`+"\n")
-	fmt.Fprintf(&b, `<text x="10" y="22" font-size="15" font-weight="bold">The best peer is 1; shorter is better</text>`+"\n")
+	fmt.Fprintf(&b, `<text x="10" y="22" font-size="15" font-weight="bold">The best peer is 1, at the dashed line; shorter is better</text>`+"\n")
 	x := 10
 	for _, s := range shown {
 		fmt.Fprintf(&b, `<rect x="%d" y="34" width="12" height="12" fill="%s"/><text x="%d" y="44">%s</text>`+"\n", x, colours[s.name], x+16, s.name)
