@@ -76,6 +76,11 @@ func (d *Driver) beginApply(l *layer, state *layerState) error {
 	if err := sys.Flock(l.fd, unix.LOCK_EX); err != nil {
 		return err
 	}
+	if state.mounts == 0 {
+		if err := l.checkUnused(); err != nil {
+			return err
+		}
+	}
 	s, err := d.openStaging()
 	if err != nil {
 		return err
@@ -235,6 +240,9 @@ func (d *Driver) applyMerged(l *layer, state *layerState, diff io.Reader) (stats
 		return stats, err
 	}
 	if adopted {
+		if state.use, _, err = l.joinUse(); err != nil {
+			return stats, err
+		}
 		state.mounts++
 	} else if state.mounts == 0 {
 		defer func() { err = errors.Join(err, d.unmountMerged(l.path(mergedName))) }()

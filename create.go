@@ -351,6 +351,9 @@ func (d *Driver) remove(id string) error {
 	if err := sys.Flock(l.fd, unix.LOCK_EX); err != nil {
 		return err
 	}
+	if err := l.checkUnused(); err != nil {
+		return err
+	}
 	s, err := d.openStaging()
 	if err != nil {
 		return err

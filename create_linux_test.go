@@ -245,6 +245,7 @@ func TestRemoveLeftMounts(t *testing.T) {
 	old := openTestDriver(t, d.home, Options{})
 	_, err := old.Get("box", "")
 	must(t, err)
+	die(old)
 	inner := filepath.Join(d.home, "box", "diff", "mnt")
 	must(t, os.Mkdir(inner, 0o755))
 	must(t, unix.Mount(outside, inner, "", unix.MS_BIND, ""))

@@ -15,6 +15,8 @@ type layerState struct {
 	users int
 	// mounts counts the Gets without a Put. Protected by mu.
 	mounts int
+	// use is held while mounts is more than 0. Protected by mu.
+	use *use
 	// readers counts the open streams of Diff. Protected by layerTable.mu, as they
 	// are closed without the layer's lock.
 	readers int

@@ -17,7 +17,8 @@ import (
 // one is read-only. mountLabel is the SELinux label of the mount, or "".
 //
 // A read-write layer without a parent is not mounted: the path is its diff directory.
-// A mount of the layer that a former process left is adopted and counts as one use.
+// A mount of the layer that a former process left is adopted and counts as one use. One of
+// another process that lives is shared: the last of them unmounts it.
 func (d *Driver) Get(id, mountLabel string) (string, error) {
 	path, err := d.get(id, mountLabel)
 	return path, layerErr("get", id, err)
@@ -40,11 +41,21 @@ func (d *Driver) get(id, mountLabel string) (string, error) {
 	if err := l.checkWhole(); err != nil {
 		return "", err
 	}
+	alone := false
+	if state.mounts == 0 {
+		if state.use, alone, err = l.joinUse(); err != nil {
+			return "", err
+		}
+	}
 	path, adopted, err := d.mountLayer(l, state.mounts, mountLabel)
 	if err != nil {
+		if state.mounts == 0 {
+			state.use.drop()
+			state.use = nil
+		}
 		return "", err
 	}
-	if adopted {
+	if adopted && alone {
 		state.mounts++
 	}
 	state.mounts++
@@ -236,11 +247,7 @@ func (d *Driver) put(id string) error {
 			return err
 		}
 	}
-	if err := d.unmountMerged(path + "/" + mergedName); err != nil {
-		return err
-	}
-	state.mounts = 0
-	return nil
+	return d.endUse(id, state, func() error { return d.unmountMerged(path + "/" + mergedName) })
 }
 
 // checkMounted returns ErrNotMounted unless something is mounted at the layer's merged, as a
@@ -257,6 +264,14 @@ func (d *Driver) checkMounted(id string) error {
 		return err
 	case !mounted:
 		return ErrNotMounted
+	}
+	if err := sys.Flock(l.fd, unix.LOCK_EX); err != nil {
+		return err
+	}
+	if err := l.checkUnused(); errors.Is(err, ErrLayerInUse) {
+		return fmt.Errorf("%w by this process", ErrNotMounted)
+	} else if err != nil {
+		return err
 	}
 	return d.adoptVolatile(l)
 }

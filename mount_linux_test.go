@@ -309,6 +309,7 @@ func TestAdopt(t *testing.T) {
 	_, err = d.Get("base", "")
 	must(t, err)
 
+	die(d)
 	next := openTestDriver(t, d.home, Options{})
 	must(t, next.Put("box"))
 	must(t, next.Put("base"))

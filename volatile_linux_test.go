@@ -62,6 +62,7 @@ func TestVolatile(t *testing.T) {
 			// A mount that is adopted is alive: nothing has crashed.
 			_, err = next.Get("box", "")
 			must(t, err)
+			die(next)
 			last := openTestDriver(t, d.home, opts)
 			must(t, last.Put("box"))
 			_, put = get(t, last, "box")

@@ -1,0 +1,103 @@
+//go:build linux
+
+package overlay2
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/bcc2decd/overlay2/internal/sys"
+	"golang.org/x/sys/unix"
+)
+
+// Processes that share a home know of each other's uses by locks that end with their
+// process: each holds LOCK_SH on the diff directory of a layer that it has got. Who can have
+// LOCK_EX there is the only user, and what is mounted then is his, or a dead process's.
+// The lock of the layer's directory, held for moments, is taken first: so nobody gets a
+// layer while another finds out that he is the only one and unmounts it.
+
+// use is a layer's lock of its users.
+type use struct{ fd int }
+
+// joinUse counts this process among the users of a layer, until drop. Alone is true if there
+// is no other. The layer's directory stays locked until the layer is closed.
+func (l *layer) joinUse() (u *use, alone bool, err error) {
+	if err := sys.Flock(l.fd, unix.LOCK_EX); err != nil {
+		return nil, false, err
+	}
+	fd, err := sys.OpenDirat(l.fd, diffName)
+	if err != nil {
+		return nil, false, corrupt("%s: %w", diffName, err)
+	}
+	u = &use{fd: fd}
+	if alone, err = u.alone(); err == nil {
+		err = sys.Flock(fd, unix.LOCK_SH)
+	}
+	if err != nil {
+		u.drop()
+		return nil, false, err
+	}
+	return u, alone, nil
+}
+
+// alone reports whether nobody else uses the layer; if so, nobody does until the layer's
+// directory is unlocked, which the caller has locked.
+func (u *use) alone() (bool, error) {
+	err := sys.Flock(u.fd, unix.LOCK_EX|unix.LOCK_NB)
+	if err == unix.EWOULDBLOCK {
+		// The lock that was held is gone with the attempt.
+		return false, sys.Flock(u.fd, unix.LOCK_SH)
+	}
+	return err == nil, err
+}
+
+// drop ends the use.
+func (u *use) drop() {
+	if u != nil {
+		_ = sys.Close(u.fd) // opened for reading: nothing can be lost
+	}
+}
+
+// checkUnused returns ErrLayerInUse if another process uses the layer, whose directory the
+// caller has locked for writing.
+func (l *layer) checkUnused() error {
+	fd, err := sys.OpenDirat(l.fd, diffName)
+	if err != nil {
+		return nil //nolint:nilerr // what is damaged nobody can get
+	}
+	err = sys.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
+	if err == unix.EWOULDBLOCK {
+		err = fmt.Errorf("%w: by another process", ErrLayerInUse)
+	}
+	return errors.Join(err, sys.Close(fd))
+}
+
+// endUse is called when the last use of this process ends. It calls unmount if no other
+// process uses the layer, and keeps the use if that fails.
+func (d *Driver) endUse(id string, state *layerState, unmount func() error) error {
+	l, err := openLayer(d.home, id)
+	if err != nil {
+		return err
+	}
+	defer l.close()
+	if err := sys.Flock(l.fd, unix.LOCK_EX); err != nil {
+		return err
+	}
+	alone := true
+	if state.use != nil {
+		if alone, err = state.use.alone(); err != nil {
+			return err
+		}
+	}
+	if alone {
+		if err := unmount(); err != nil {
+			if state.use != nil {
+				err = errors.Join(err, sys.Flock(state.use.fd, unix.LOCK_SH))
+			}
+			return err
+		}
+	}
+	state.use.drop()
+	state.use, state.mounts = nil, 0
+	return nil
+}

@@ -1,0 +1,91 @@
+package overlay2
+
+import (
+	"errors"
+	"os"
+	"sync"
+	"testing"
+
+	"github.com/moby/sys/mountinfo"
+)
+
+// die makes what a Driver has got look like that of a dead process to other Drivers.
+func die(d *Driver) {
+	for _, s := range d.layers.states {
+		s.use.drop()
+		s.use = nil
+	}
+}
+
+// TestSharedUse: a layer that two processes have got stays mounted until both have put it, and
+// cannot be removed or filled by either before.
+func TestSharedUse(t *testing.T) {
+	a := newTestDriver(t, t.TempDir(), Options{})
+	b := openTestDriver(t, a.home, Options{}) // as another process: it shares no memory
+	must(t, a.Create("base", "", nil))
+	must(t, a.CreateReadWrite("box", "base", nil))
+	path, err := a.Get("box", "")
+	must(t, err)
+	wantErr(t, b.Put("box"), ErrNotMounted)
+	wantErr(t, b.Remove("box"), ErrLayerInUse)
+	wantErr(t, errOf(b.ApplyDiff("box", "base", nil)), ErrLayerInUse)
+	for range 2 {
+		if again, err := b.Get("box", ""); err != nil || again != path {
+			t.Fatalf("%s %v", again, err)
+		}
+	}
+	must(t, a.Put("box"))
+	wantErr(t, a.Put("box"), ErrNotMounted)
+	wantErr(t, a.Remove("box"), ErrLayerInUse)
+	must(t, os.WriteFile(path+"/f", nil, 0o600))
+	must(t, b.Put("box"))
+	if mounted, err := mountinfo.Mounted(path); err != nil || !mounted {
+		t.Fatalf("unmounted under a user: %v %v", mounted, err)
+	}
+	must(t, b.Put("box"))
+	wantErr(t, b.Put("box"), ErrNotMounted)
+	if mounted, err := mountinfo.Mounted(path); err == nil && mounted {
+		t.Error("still mounted")
+	}
+	// One that is not mounted is in use as well.
+	must(t, a.CreateReadWrite("plain", "", nil))
+	_, err = a.Get("plain", "")
+	must(t, err)
+	wantErr(t, b.Remove("plain"), ErrLayerInUse)
+	must(t, a.Put("plain"))
+	must(t, b.Remove("plain"))
+	must(t, a.Remove("box"))
+}
+
+// TestSharedUseRace: many users in several processes, each writing while it has the layer.
+func TestSharedUseRace(t *testing.T) {
+	a := newTestDriver(t, t.TempDir(), Options{})
+	must(t, a.Create("base", "", nil))
+	must(t, a.CreateReadWrite("box", "base", nil))
+	drivers := []*Driver{a}
+	for range 3 {
+		drivers = append(drivers, openTestDriver(t, a.home, Options{}))
+	}
+	var wg sync.WaitGroup
+	for g, d := range drivers {
+		for worker := range 2 {
+			wg.Go(func() {
+				for range 15 {
+					path, err := d.Get("box", "")
+					if err != nil {
+						t.Errorf("driver %d: %v", g, err)
+						return
+					}
+					name := path + "/" + sizeName(g*2+worker)
+					err = errors.Join(os.WriteFile(name, []byte("x"), 0o600), os.Remove(name), d.Put("box"))
+					if err != nil {
+						t.Errorf("driver %d: %v", g, err)
+						return
+					}
+				}
+			})
+		}
+	}
+	wg.Wait()
+	wantErr(t, a.Put("box"), ErrNotMounted)
+}
