@@ -141,6 +141,7 @@ func (d *Driver) pack(c *comparison) (archive.Reader, error) {
 	}
 	opts := archive.PackOptions{Format: archive.Merged, IDMap: d.opts.IDMap}
 	if c.parent != "" {
+		opts.Lowers = []string{c.parent} // for the root's own metadata
 		changes, err := archive.Compare(ctx, c.merged, c.parent)
 		if err != nil {
 			return nil, err

@@ -476,6 +476,11 @@ func TestRootMetadata(t *testing.T) {
 	if got := tarNames(t, readDiff(t, d, "base", "")); !slices.Equal(got, []string{"./"}) {
 		t.Errorf("diff of the base %q", got)
 	}
+	// Between layers that are not parent and child too.
+	apply(t, d, "other", "", makeTar(t, file("f", "x")))
+	if got := tarNames(t, readDiff(t, d, "top", "other")); !slices.Equal(got, []string{"./"}) {
+		t.Errorf("diff to another layer %q", got)
+	}
 }
 
 // TestWhiteoutName: a file that is really named .wh.x must not become a deletion of x.
