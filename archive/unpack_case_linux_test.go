@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"github.com/bcc2decd/overlay2/internal/overlaytest"
+	"github.com/bcc2decd/overlay2/internal/sys"
 	"golang.org/x/sys/unix"
 )
 
@@ -151,6 +152,11 @@ func TestUnpackCases(t *testing.T) {
 	if err != nil || len(files) == 0 {
 		t.Fatal("no cases", err)
 	}
+	// Before Linux 6.7 a mount shows escaped xattrs escaped, or not at all.
+	kernel, err := sys.Kernel()
+	must(t, err)
+	old := kernel.Less(sys.KernelVersion{Major: 6, Minor: 7})
+	escaped := regexp.MustCompile(` (trusted|user)\.overlay\.[^ \n]*`)
 	overlaytest.EachFS(t, func(t *testing.T, dir string) {
 		overlaytest.NoLeaks(t)
 		for i, file := range files {
@@ -169,6 +175,9 @@ func TestUnpackCases(t *testing.T) {
 				for _, section := range []string{"error", "upper", "merged"} {
 					want, _ := before.get(section)
 					got, _ := c.get(section)
+					if section == "merged" && old {
+						want, got = escaped.ReplaceAllString(want, ""), escaped.ReplaceAllString(got, "")
+					}
 					if want != got {
 						t.Errorf("%s:\n%s", section, overlaytest.Diff(want, got))
 					}
