@@ -16,7 +16,7 @@ const (
 	// absent or ErrIncomplete, never taken for whole; one made by CreateReadWrite is absent, or there with
 	// what the filesystem kept of its files.
 	DurabilityBackground Durability = iota
-	// DurabilityStrict: what returned without an error is on the disk.
+	// DurabilityStrict puts on the disk what it does before a call returns without an error.
 	DurabilityStrict
 	// DurabilityOff syncs nothing and keeps no record of what is not on disk, as Docker does. After a power cut
 	// layers may be damaged without a sign: for homes that are thrown away then.

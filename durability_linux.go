@@ -228,7 +228,7 @@ func (r *replay) mend(link string) error {
 	defer p.close()
 	above, err := p.lowers()
 	if err != nil {
-		return nil //nolint:nilerr // the parent is damaged: Check reports both
+		return nil // the parent is damaged: Check reports both
 	}
 	return r.rewrite(l, lowerName, encodeLower(append([]string{parentLink}, above...)))
 }
@@ -274,7 +274,7 @@ func (r *replay) loseLayer(link string, lose func(*layer) error) error {
 	}
 	defer l.close()
 	if own, err := l.link(); err != nil || own != link {
-		return nil //nolint:nilerr // the ID is another layer's now
+		return nil // the ID is another layer's now
 	}
 	r.lost = append(r.lost, l.id)
 	if err := lose(l); err != nil {
@@ -333,7 +333,7 @@ func (s *staging) restoreLink(link, id string) error {
 	if err == nil && target == incompleteTarget(id) {
 		return s.setLink(link, linkTarget(id))
 	}
-	return nil //nolint:nilerr // a link that is lost or leads elsewhere is not for an apply to mend
+	return nil // a link that is lost or leads elsewhere is not for an apply to mend
 }
 
 // setLink replaces a link in l/, by a rename.

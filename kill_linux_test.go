@@ -40,7 +40,7 @@ func TestKillWorker(t *testing.T) {
 	say := func(format string, args ...any) {
 		mu.Lock()
 		defer mu.Unlock()
-		fmt.Printf("\n"+format+"\n", args...)
+		fmt.Fprintf(os.Stdout, "\n"+format+"\n", args...)
 	}
 	var wg sync.WaitGroup
 	for worker := range 3 {
