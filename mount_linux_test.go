@@ -433,7 +433,7 @@ func TestPropagation(t *testing.T) {
 	_, put := get(t, d, "box")
 	mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", other.Process.Pid))
 	must(t, err)
-	if strings.Contains(string(mounts), "box/merged") {
+	if strings.Contains(string(mounts), d.home+"/box/merged") {
 		t.Error("the layer's mount appears in another namespace")
 	}
 	must(t, d.Cleanup()) // busy: the home's mount stays
