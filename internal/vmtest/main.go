@@ -111,7 +111,11 @@ func runGuest(ctx context.Context, o options, g guest) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
-	tests, guestInit, err := build(ctx, o.repo, tmp, g.arch, split(o.packages))
+	packages := split(o.packages)
+	if len(packages) == 0 && !o.all {
+		packages = g.quick
+	}
+	tests, guestInit, err := build(ctx, o.repo, tmp, g.arch, packages)
 	if err != nil {
 		return err
 	}
