@@ -285,6 +285,7 @@ func (d *Driver) Exists(id string) bool {
 func (d *Driver) Cleanup() error {
 	err := d.flush()
 	d.trash.wait()
+	d.handOver()
 	return errors.Join(err, d.unbindHome())
 }
 

@@ -1,6 +1,7 @@
 package overlay2
 
 import (
+	"maps"
 	"slices"
 	"sync"
 )
@@ -85,6 +86,13 @@ func (t *layerTable) lockChild(id, parent string) (*layerState, func()) {
 		t.release(id, s)
 		t.release(parent, p)
 	}
+}
+
+// ids lists the layers that somebody uses.
+func (t *layerTable) ids() []string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return slices.Collect(maps.Keys(t.states))
 }
 
 // addReader counts an open stream of a layer whose lock the caller holds.

@@ -42,7 +42,7 @@ func (d *Driver) get(id, mountLabel string) (string, error) {
 		return "", err
 	}
 	alone := false
-	if state.mounts == 0 {
+	if state.use == nil {
 		if state.use, alone, err = l.joinUse(); err != nil {
 			return "", err
 		}

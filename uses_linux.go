@@ -88,6 +88,10 @@ func (d *Driver) endUse(id string, state *layerState, unmount func() error) erro
 		if alone, err = state.use.alone(); err != nil {
 			return err
 		}
+	} else if err := l.checkUnused(); errors.Is(err, ErrLayerInUse) {
+		alone = false
+	} else if err != nil {
+		return err
 	}
 	if alone {
 		if err := unmount(); err != nil {
@@ -100,4 +104,15 @@ func (d *Driver) endUse(id string, state *layerState, unmount func() error) erro
 	state.use.drop()
 	state.use, state.mounts = nil, 0
 	return nil
+}
+
+// handOver ends the uses of this process as its end would: what is mounted stays mounted, for
+// whoever gets or puts it next.
+func (d *Driver) handOver() {
+	for _, id := range d.layers.ids() {
+		state, unlock := d.layers.lock(id)
+		state.use.drop()
+		state.use = nil
+		unlock()
+	}
 }

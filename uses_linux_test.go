@@ -89,3 +89,32 @@ func TestSharedUseRace(t *testing.T) {
 	wg.Wait()
 	wantErr(t, a.Put("box"), ErrNotMounted)
 }
+
+// TestCleanupHandsOver: after Cleanup what is mounted is anybody's, as if the process had ended: a
+// command that mounts and one that unmounts may be one program.
+func TestCleanupHandsOver(t *testing.T) {
+	d := newTestDriver(t, t.TempDir(), Options{})
+	must(t, d.Create("base", "", nil))
+	must(t, d.CreateReadWrite("box", "base", nil))
+	path, err := d.Get("box", "")
+	must(t, err)
+	next := openTestDriver(t, d.home, Options{})
+	wantErr(t, next.Put("box"), ErrNotMounted)
+	must(t, d.Cleanup())
+	if _, err := os.Stat(path); err != nil {
+		t.Errorf("the mount is gone: %v", err)
+	}
+	must(t, next.Put("box"))
+	must(t, d.Put("box")) // its count is still there, the mount is not
+	wantErr(t, d.Put("box"), ErrNotMounted)
+
+	// Used on, it counts as before.
+	_, err = d.Get("box", "")
+	must(t, err)
+	must(t, d.Cleanup())
+	_, err = d.Get("box", "")
+	must(t, err)
+	wantErr(t, next.Put("box"), ErrNotMounted)
+	must(t, d.Put("box"))
+	must(t, d.Put("box"))
+}
