@@ -233,6 +233,28 @@ func fsTitle(fs string) string {
 	return "On " + fs + " (a new one for each run, its image in memory)"
 }
 
+// behind lists the rows in which this library is not the best, so that nobody has to
+// look for them.
+func (r *report) behind() string {
+	var b strings.Builder
+	systems := r.columns()
+	for _, l := range r.results.lines() {
+		mine, ok := l.value("overlay2")
+		best, name := l.best(systems, peer)
+		if ok && name != "" && l.better(best, mine) < 0 {
+			fmt.Fprintf(&b, "- %s: %s, %s has %s\n", l.where(), format(mine, l.Unit), name, format(best, l.Unit))
+		}
+	}
+	return b.String()
+}
+
+// where is the row's whole name.
+func (l *line) where() string { return joined(l.Row, l.Data, l.FS) }
+
+func joined(words ...string) string {
+	return strings.Join(slices.DeleteFunc(words, func(s string) bool { return s == "" }), ", ")
+}
+
 // failures lists what was wrong or failed, which the table has no room for.
 func (r *report) failures() string {
 	var b strings.Builder
@@ -242,9 +264,7 @@ func (r *report) failures() string {
 			what, why = "gives a wrong answer", res.Wrong
 		}
 		if why != "" {
-			fmt.Fprintf(&b, "- %s %s at %s: %s\n", res.System, what,
-				strings.Join(slices.DeleteFunc([]string{res.Row, res.Data, res.FS}, func(s string) bool { return s == "" }), ", "),
-				shorten(why, 240))
+			fmt.Fprintf(&b, "- %s %s at %s: %s\n", res.System, what, joined(res.Row, res.Data, res.FS), shorten(why, 240))
 		}
 	}
 	for _, n := range r.Notes {
@@ -283,6 +303,9 @@ func (r *report) text() string {
 		b.WriteString("\nData (sha256, bytes, entries):\n\n```\n" + strings.Join(r.Data, "\n") + "\n```\n")
 	}
 	b.WriteString(r.table())
+	if a := r.behind(); a != "" {
+		b.WriteString("\n### Where a peer is ahead\n\n" + a)
+	}
 	if f := r.failures(); f != "" {
 		b.WriteString("\n### What failed or was wrong\n\n" + f)
 	}

@@ -33,6 +33,7 @@ func sampleReport() *report {
 	add("overlay2", rowMixed, unitRate, 300)
 	add("moby", rowMixed, unitRate, 100)
 	add("overlay2", rowApplyPeak, unitBytes, 3<<20)
+	add("moby", rowApplyPeak, unitBytes, 2<<20)
 	add("moby", rowDiff, unitTime, 5e3)
 	wrong := k
 	wrong.System = "containerd"
@@ -55,6 +56,7 @@ func TestTable(t *testing.T) {
 		"- containerd gives a wrong answer at ApplyDiff, typical, tmpfs: 3 entries differ",
 		"- limit1 fails at Diff, large reads, typical, tmpfs: no space",
 		"- c/storage does not build",
+		"### Where a peer is ahead\n\n- ApplyDiff, peak memory, typical, tmpfs: 3 MiB, moby has 2 MiB\n\n",
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no %q in\n%s", want, text)
