@@ -406,7 +406,7 @@ func TestManyAtOnce(t *testing.T) {
 // TestPropagation: below a shared mount the home becomes a private one, so that mounts of
 // layers do not appear in other mount namespaces; Cleanup undoes it.
 func TestPropagation(t *testing.T) {
-	overlaytest.Require(t, "root", "overlay", "tmpfs")
+	overlaytest.Require(t, "root", "overlay", "tmpfs", "cmd:unshare", "cmd:cat")
 	dir := t.TempDir()
 	must(t, unix.Mount("shared", dir, "tmpfs", 0, ""))
 	t.Cleanup(func() { must(t, unix.Unmount(dir, unix.MNT_DETACH)) })
