@@ -72,7 +72,7 @@ func testBench(t *testing.T, names ...string) *bench {
 		t.Fatal(err)
 	}
 	b := &bench{
-		ctx: t.Context(), scratch: &scratch{dir: dir, images: dir}, results: newResults(), log: t.Logf,
+		ctx: t.Context(), scratch: &scratch{dir: dir, images: dir}, results: newResults(t.Context()), log: t.Logf,
 		depths: []int{1, 3}, layers: []int{3}, cycles: 2,
 	}
 	t.Cleanup(func() {

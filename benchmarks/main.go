@@ -137,7 +137,7 @@ func measureAll(ctx context.Context, o *options) (rep *report, err error) {
 		fmt.Fprintf(os.Stderr, "%6.1f  %s\n", time.Since(start).Seconds(), fmt.Sprintf(format, args...))
 	}
 	b := &bench{
-		ctx: ctx, results: newResults(), log: log,
+		ctx: ctx, results: newResults(ctx), log: log,
 		depths: []int{1, 16, 64, 127, 500}, layers: []int{10, 10_000}, cycles: 20,
 	}
 	if o.quick {

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -73,7 +74,7 @@ func loadReports(paths []string) (*report, error) {
 			return nil, fmt.Errorf("%s: %w", p, err)
 		}
 		if all == nil {
-			all = &report{Machine: r.Machine, results: newResults()}
+			all = &report{Machine: r.Machine, results: newResults(context.Background())}
 		} else {
 			all.Others = append(all.Others, r.Machine)
 		}

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"encoding/xml"
 	"errors"
 	"io"
@@ -18,7 +19,7 @@ func sampleReport() *report {
 		Systems: []string{"overlay2", "moby", "containerd", "limit1"},
 		Data:    []string{"0123 1024 3 typical.tar"},
 		Notes:   []string{"c/storage does not build: no such module"},
-		results: newResults(),
+		results: newResults(context.Background()),
 	}
 	k := key{Row: rowApply, Data: "typical", FS: "tmpfs"}
 	add := func(system, row, unit string, values ...float64) {

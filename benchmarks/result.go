@@ -4,6 +4,7 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"slices"
 	"sync"
@@ -39,12 +40,15 @@ type result struct {
 
 // results collects. Its order is that in which rows came up first.
 type results struct {
+	ctx  context.Context // the run's
 	mu   sync.Mutex
 	list []*result
 	byID map[key]*result
 }
 
-func newResults() *results { return &results{byID: map[key]*result{}} }
+func newResults(ctx context.Context) *results {
+	return &results{ctx: ctx, byID: map[key]*result{}}
+}
 
 func (r *results) get(k key, unit string) *result {
 	if found := r.byID[k]; found != nil {
@@ -73,7 +77,8 @@ func (r *results) wrong(k key, unit, why string) {
 }
 
 func (r *results) fail(k key, unit string, err error) {
-	if err == nil || errors.Is(err, errNoCounterpart) {
+	// What fails because the run was interrupted is nobody's fault.
+	if err == nil || errors.Is(err, errNoCounterpart) || r.ctx.Err() != nil {
 		return
 	}
 	r.mu.Lock()
