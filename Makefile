@@ -64,6 +64,14 @@ fuzz-quick: ## run every fuzz test for FUZZTIME (20s)
 test-vm: ## test in guests with Linux 6.1 and 6.12: project quotas on xfs and ext4 (VMFLAGS='-pkg quota -v')
 	$(GO) run ./internal/vmtest $(VMFLAGS)
 
+# The driver's tests that a kernel can decide; what they leave out is the whole of test-vm.
+VMCI := ^Test(Limit|Size|Inodes|Usage|GetPut|GetCommitted|LayerOnDisk|ApplyDiff|DeepChain|Remove|Adopt|RootOpaque|Incomplete|Rename|NewMakesHome|DiffWhileMounted)
+
+.PHONY: test-vm-ci
+test-vm-ci: ## what .ci/run runs in guests: quotas, and the driver where kernels differ
+	$(GO) run ./internal/vmtest -pkg quota
+	$(GO) run ./internal/vmtest -pkg . -run '$(VMCI)'
+
 .PHONY: test-vm-all
 test-vm-all: ## the same in all guests: SELinux on, pages of 64 KiB too
 	$(GO) run ./internal/vmtest -all $(VMFLAGS)
