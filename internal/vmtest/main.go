@@ -139,6 +139,9 @@ func testArgs(o options, g guest) []string {
 	if o.run != "" {
 		args = append(args, "-test.run="+o.run)
 	}
+	if g.quickSkip != "" && !o.all && o.run == "" && o.packages == "" {
+		args = append(args, "-test.skip="+g.quickSkip)
+	}
 	if !o.long {
 		args = append(args, "-test.short")
 	}
