@@ -100,4 +100,6 @@ func moduleNames() []string {
 }
 
 // guestTools are programs of the host that QEMU guests of its own kind get to see.
-func guestTools() []string { return []string{"mkfs.ext4", "mkfs.xfs", "mkfs.btrfs", "tar", "unshare", "cat"} }
+func guestTools() []string {
+	return []string{"mkfs.ext4", "mkfs.xfs", "mkfs.btrfs", "tar", "unshare", "cat"}
+}
