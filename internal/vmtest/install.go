@@ -120,7 +120,11 @@ func aptFor(arch, dir string) ([]string, error) {
 		}
 	}
 	list := filepath.Join(dir, "sources.list")
-	line := "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] " + os.Getenv("DEBIAN_MIRROR") + " " + release + " main\n"
+	mirror, err := debianMirror()
+	if err != nil {
+		return nil, err
+	}
+	line := "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] " + mirror + " " + release + " main\n"
 	if err := os.WriteFile(list, []byte(line), 0o644); err != nil {
 		return nil, err
 	}
@@ -164,4 +168,26 @@ func osRelease(field string) (string, error) {
 		}
 	}
 	return "", fmt.Errorf("/etc/os-release has no %s: %w", field, os.ErrNotExist)
+}
+
+// debianMirror returns the address from which the host takes Debian's packages: the first
+// in its lists of sources.
+func debianMirror() (string, error) {
+	for _, path := range []string{"/etc/apt/sources.list.d/debian.sources", "/etc/apt/sources.list"} {
+		text, err := os.ReadFile(path)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return "", err
+		}
+		for line := range strings.Lines(string(text)) {
+			if strings.HasPrefix(line, "#") {
+				continue
+			}
+			for _, word := range strings.Fields(line) {
+				if strings.HasPrefix(word, "http://") || strings.HasPrefix(word, "https://") {
+					return word, nil
+				}
+			}
+		}
+	}
+	return "", fmt.Errorf("no sources of Debian packages in /etc/apt: %w", os.ErrNotExist)
 }
