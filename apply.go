@@ -212,7 +212,11 @@ func (n *newLayer) replaceDiff(l *layer) (err error) {
 	if err == unix.EXDEV || err == unix.EINVAL {
 		// A layer with a project of its own takes nothing from elsewhere; or a filesystem that
 		// cannot swap. After a crash between these two healDiff makes the directory.
-		if err = unix.Renameat(l.fd, diffName, fd, "old"); err == nil {
+		err = unix.Renameat(l.fd, diffName, fd, "old")
+		if err == nil && n.d.hasQuota() {
+			err = sys.RemoveAllAt(fd, "old") // it counts against the layer's limits, which may be used up
+		}
+		if err == nil {
 			err = n.makeDiff(l.fd)
 		}
 	}
