@@ -17,8 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The staging directory of a home holds what is not a layer: new-XXX, a layer that is
-// being made, trash-XXX, one that was removed, and trash-diff-XXX, the former content of
+// The staging directory of a home holds what is not a layer: new-RANDOM, a layer that is
+// being made, trash-RANDOM, one that was removed, and trash-diff-RANDOM, the former content of
 // one. A layer comes and goes by one rename between here and the home, so that whatever a crash leaves behind lies here.
 const (
 	newPrefix   = "new-"
@@ -82,7 +82,7 @@ func (d *Driver) recoverStaging() error {
 		return err
 	}
 	defer s.close()
-	// A process that makes a layer now holds the lock, and its new-XXX is no leftover.
+	// A process that makes a layer now holds the lock, and its new-RANDOM is no leftover.
 	alone := sys.Flock(s.fd, unix.LOCK_EX|unix.LOCK_NB) == nil
 	var names []string
 	if err := sys.ReadNames(s.fd, func(name string) bool {

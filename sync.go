@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What is not on disk yet is recorded in directories of staging, unsynced-INSTANCE-XXX. An
+// What is not on disk yet is recorded in directories of staging, unsynced-INSTANCE-RANDOM. An
 // entry is a symlink, because names and short symlinks are all that a filesystem
 // writes in order and at once: when power is cut a file may be there and have no content, but no layer
 // is there without the entry that was made before it. For the layer with the short name LINK:
