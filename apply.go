@@ -51,7 +51,7 @@ func (d *Driver) applyDiff(id, parent string, diff io.Reader) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	if err := d.beginApply(l, state); err != nil {
+	if err := d.beginApply(l, state, false); err != nil {
 		return 0, err
 	}
 	opts := archive.UnpackOptions{Format: d.format, IDMap: d.opts.IDMap, Lowers: lowers}
@@ -72,7 +72,8 @@ func (d *Driver) applyDiff(id, parent string, diff io.Reader) (int64, error) {
 
 // beginApply marks the layer incomplete, and empties it if an earlier apply to it, when it
 // was new, did not end well. Until the layer is closed no other process makes a child of it.
-func (d *Driver) beginApply(l *layer, state *layerState) error {
+// A parent may have children, which are filled with it.
+func (d *Driver) beginApply(l *layer, state *layerState, parent bool) error {
 	if err := sys.Flock(l.fd, unix.LOCK_EX); err != nil {
 		return err
 	}
@@ -92,7 +93,7 @@ func (d *Driver) beginApply(l *layer, state *layerState) error {
 	}
 	if lost, err := s.leadsNowhere(l, links); err != nil {
 		return err
-	} else if !lost { // otherwise its children cannot be in use, and wait for it
+	} else if !lost && !parent { // otherwise its children cannot be in use, and wait for it
 		if err := s.checkChildless(l, links); err != nil {
 			return err
 		}

@@ -88,6 +88,28 @@ func (t *layerTable) lockChild(id, parent string) (*layerState, func()) {
 	}
 }
 
+// lockAll locks layers for writing, and returns their states in the order of ids.
+func (t *layerTable) lockAll(ids []string) (states []*layerState, unlock func()) {
+	byID := make(map[string]*layerState, len(ids))
+	for _, id := range ids {
+		if byID[id] == nil {
+			byID[id] = t.acquire(id)
+		}
+	}
+	for _, id := range slices.Sorted(maps.Keys(byID)) {
+		byID[id].mu.Lock()
+	}
+	for _, id := range ids {
+		states = append(states, byID[id])
+	}
+	return states, func() {
+		for id, s := range byID {
+			s.mu.Unlock()
+			t.release(id, s)
+		}
+	}
+}
+
 // ids lists the layers that somebody uses.
 func (t *layerTable) ids() []string {
 	t.mu.Lock()

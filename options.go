@@ -2,6 +2,7 @@ package overlay2
 
 import (
 	"fmt"
+	"io"
 	"strconv"
 	"strings"
 
@@ -73,6 +74,12 @@ type CreateOpts struct {
 	// StorageOpt limits a read-write layer: "size" in bytes or with a unit
 	// ("10G", powers of 1024), "inodes" as a number. Keys may have any case.
 	StorageOpt map[string]string
+}
+
+// LayerDiff is a layer that ApplyLayers is to make, and its tar.
+type LayerDiff struct {
+	ID   string
+	Diff io.Reader
 }
 
 // Usage is what a layer takes on disk.

@@ -92,6 +92,9 @@ func (d *Driver) ApplyDiff(id, _ string, _ io.Reader) (int64, error) {
 	return 0, layerErr("apply", id, ErrNotSupported)
 }
 
+// ApplyLayers returns ErrNotSupported.
+func (d *Driver) ApplyLayers(string, []LayerDiff) ([]int64, error) { return nil, ErrNotSupported }
+
 // Diff returns ErrNotSupported.
 func (d *Driver) Diff(id, _ string) (io.ReadCloser, error) {
 	return nil, layerErr("diff", id, ErrNotSupported)

@@ -12,6 +12,7 @@
 package archive
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"time"
@@ -101,6 +102,8 @@ type Stats struct {
 	// Size is the size of the content in bytes: the length of every file and symlink,
 	// hard links counted once. The same as Usage would return.
 	Size int64
+	// Root says that the tar that was unpacked has an entry for the root directory.
+	Root bool
 	// SkippedDevices counts device nodes that a user namespace may not make.
 	SkippedDevices int64
 	// SkippedSockets counts sockets, which no tar format can hold.
@@ -123,6 +126,11 @@ type UnpackOptions struct {
 	// parent directories, targets of hard links, symlinks on the way to a name, and
 	// what an opaque root must hide. Not used with Merged.
 	Lowers []string
+	// LowersReady, if set, is called at most once, before anything of Lowers but the root
+	// directories themselves is looked at: most tars say all, and never need it. So a layer can be
+	// unpacked while those below it still are: LowersReady waits for them. An error of
+	// it is that of Unpack.
+	LowersReady func(context.Context) error
 	// Progress, if set, is called with the counts so far about ten times a second and
 	// once at the end, by the goroutine that called Unpack.
 	Progress func(Stats)

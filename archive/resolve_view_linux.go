@@ -9,6 +9,9 @@ import (
 // view returns what the lower layers show at the place of a directory on the stack, nil
 // if nothing merges there: the layer's own is new, opaque, or replaces something else.
 func (b *builder) view(n *dirNode) (*mergedDir, error) {
+	if err := b.awaitLowers(); err != nil {
+		return nil, err
+	}
 	var way []*dirNode
 	for ; !n.viewKnown; n = n.parent {
 		way = append(way, n)
@@ -20,6 +23,15 @@ func (b *builder) view(n *dirNode) (*mergedDir, error) {
 		return n.view, nil
 	}
 	return b.viewDown(n, way)
+}
+
+// awaitLowers returns when the lower layers may be looked at.
+func (b *builder) awaitLowers() error {
+	if b.awaited || b.lowers == nil || b.opts.LowersReady == nil {
+		return nil
+	}
+	b.awaited = true
+	return b.opts.LowersReady(b.ctx)
 }
 
 // viewDown finds the views of the directories way, the last of which is beneath from. Closed

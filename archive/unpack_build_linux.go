@@ -25,6 +25,8 @@ type builder struct {
 	names nameSet
 	// lowers is the root of the merged view of the lower layers, nil for none.
 	lowers *mergedDir
+	// awaited says that opts.LowersReady has been called.
+	awaited bool
 	// rootOpaque says that nothing of the lower layers' root may show through.
 	rootOpaque bool
 	// plnk is the directory of aufs's pseudo links while there are any.

@@ -66,6 +66,8 @@ func (b *builder) setDir(n *dirNode, e *tarEntry, made bool) error {
 	in := n
 	if n.parent != nil {
 		in = n.parent
+	} else {
+		b.root = true
 	}
 	m, err := b.metaOf(e, in)
 	if err != nil {

@@ -96,6 +96,7 @@ type unpacker struct {
 	// stopped is closed at the first failure.
 	stopped chan struct{}
 
+	root           bool // the stream has an entry for it. The builder's until it has ended
 	size           atomic.Int64
 	skippedDevices atomic.Int64
 	entries        int64
@@ -136,6 +137,7 @@ func (u *unpacker) run(b *builder, dir string, r io.Reader) (Stats, error) {
 	wg.Wait()
 	u.tarBytes = t.src.off
 	stats := u.stats()
+	stats.Root = u.root
 	err = u.err
 	if err == nil && !b.sizeSure && u.opts.Format != Merged {
 		var usage Stats

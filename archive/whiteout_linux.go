@@ -143,6 +143,9 @@ func setOpaque(fd int, f Format) error {
 
 // hideRoot hides by whiteouts and opaque directories what the lower layers' roots hold.
 func (b *builder) hideRoot() error {
+	if err := b.awaitLowers(); err != nil {
+		return err
+	}
 	names, err := b.lowers.names()
 	if err != nil {
 		return err

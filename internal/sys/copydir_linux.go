@@ -2,6 +2,7 @@ package sys
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -34,18 +35,26 @@ func CopyDirMetadata(dst, src int) error {
 	return nil
 }
 
+// copyXattrs gives dst the xattrs of src, and takes others away, but for those that are the
+// kernel's affair.
 func copyXattrs(dst, src int) error {
-	names, err := growing(func(buf []byte) (int, error) { return Flistxattr(src, buf) })
-	if err == unix.EOPNOTSUPP || len(names) == 0 && err == nil {
-		return nil
-	}
+	has, err := xattrsToCopy(dst)
 	if err != nil {
-		return fmt.Errorf("listxattr: %w", err)
+		return err
 	}
-	for name := range strings.SplitSeq(strings.TrimSuffix(string(names), "\x00"), "\x00") {
-		if strings.HasPrefix(name, "trusted.overlay.") || strings.HasPrefix(name, "user.overlay.") || name == "security.selinux" {
+	want, err := xattrsToCopy(src)
+	if err != nil {
+		return err
+	}
+	for _, name := range has {
+		if slices.Contains(want, name) {
 			continue
 		}
+		if err := unix.Fremovexattr(dst, name); err != nil && err != unix.ENODATA {
+			return fmt.Errorf("xattr %s: %w", name, err)
+		}
+	}
+	for _, name := range want {
 		value, err := Fgetxattr(src, name)
 		if err == unix.ENODATA {
 			continue
@@ -58,4 +67,19 @@ func copyXattrs(dst, src int) error {
 		}
 	}
 	return nil
+}
+
+// xattrsToCopy lists the xattrs of a directory that are not overlayfs's private ones or the label.
+func xattrsToCopy(fd int) ([]string, error) {
+	list, err := growing(func(buf []byte) (int, error) { return Flistxattr(fd, buf) })
+	if err == unix.EOPNOTSUPP || len(list) == 0 && err == nil {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("listxattr: %w", err)
+	}
+	names := strings.Split(strings.TrimSuffix(string(list), "\x00"), "\x00")
+	return slices.DeleteFunc(names, func(name string) bool {
+		return strings.HasPrefix(name, "trusted.overlay.") || strings.HasPrefix(name, "user.overlay.") || name == "security.selinux"
+	}), nil
 }
