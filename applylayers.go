@@ -119,10 +119,16 @@ func runFillings(chain []*filling) (sizes []int64, err error) {
 	var wg sync.WaitGroup
 	slots := make(chan struct{}, runtime.GOMAXPROCS(0))
 	ctx := context.Background()
+	var cancels []context.CancelFunc
+	defer func() {
+		for _, cancel := range cancels {
+			cancel()
+		}
+	}()
 	for _, f := range chain {
 		own, cancel := context.WithCancel(ctx)
 		ctx = own
-		defer cancel()
+		cancels = append(cancels, cancel)
 		slots <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-slots }()
