@@ -56,6 +56,11 @@ vet-all: ## vet the library for every system that it compiles on
 check: ## formatting, go.mod files, allowed modules, sizes of files, shell scripts
 	@scripts/check.sh
 
+.PHONY: test-kill
+test-kill: ## kill -9 before each system call of each call, and 500 times at random under load: minutes
+	OVERLAY2_TEST_CUTS=0 $(GO) test -count=1 -run '^TestKillSteps$$' -v $(TESTFLAGS) .
+	OVERLAY2_TEST_CUTS=500 $(GO) test -count=1 -timeout 60m -run '^TestKill$$' -v $(TESTFLAGS) .
+
 .PHONY: fuzz-quick
 fuzz-quick: ## run every fuzz test for FUZZTIME (20s)
 	@scripts/fuzz.sh $(FUZZTIME)

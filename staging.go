@@ -72,6 +72,8 @@ func (d *Driver) recoverHome() error {
 	if err := d.recoverUnsynced(); err != nil {
 		return err
 	}
+	// The deletion of records, which takes moments, holds the lock that tells whether others are at work.
+	d.trash.wait()
 	return d.recoverStaging()
 }
 

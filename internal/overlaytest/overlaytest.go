@@ -38,6 +38,7 @@ const requireEnv = "OVERLAY2_TEST_REQUIRE"
 //	loop      a free loop device can be had
 //	userns    a process can be started in a user namespace of its own
 //	mknod     character devices can be made
+//	seccomp   system calls can be intercepted (Linux 5.19)
 //	selinux   SELinux is on
 //	quota     xfs has project quotas
 //	quota-ext4  ext4 has project quotas

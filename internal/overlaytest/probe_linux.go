@@ -36,6 +36,8 @@ func probe(t testing.TB, need string) error {
 		return probeLoop()
 	case "userns":
 		return probeUserns()
+	case "seccomp":
+		return probeSeccomp()
 	case "mknod":
 		return unix.Mknod(filepath.Join(t.TempDir(), "null"), unix.S_IFCHR|0o600, int(unix.Mkdev(1, 3)))
 	case "selinux":

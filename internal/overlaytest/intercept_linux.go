@@ -1,0 +1,130 @@
+package overlaytest
+
+import (
+	"fmt"
+	"runtime"
+	"testing"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Changing are the system calls that change something on disk or in the mount table.
+func Changing() map[uint32]string {
+	return map[uint32]string{
+		unix.SYS_MKDIRAT: "mkdirat", unix.SYS_MKNODAT: "mknodat", unix.SYS_SYMLINKAT: "symlinkat", unix.SYS_LINKAT: "linkat",
+		unix.SYS_UNLINKAT: "unlinkat", unix.SYS_RENAMEAT: "renameat", unix.SYS_RENAMEAT2: "renameat2",
+		unix.SYS_FCHMOD: "fchmod", unix.SYS_FCHMODAT: "fchmodat", unix.SYS_FCHOWN: "fchown", unix.SYS_FCHOWNAT: "fchownat",
+		unix.SYS_UTIMENSAT: "utimensat", unix.SYS_FTRUNCATE: "ftruncate", unix.SYS_WRITE: "write", unix.SYS_PWRITE64: "pwrite64",
+		unix.SYS_FALLOCATE: "fallocate", unix.SYS_COPY_FILE_RANGE: "copy_file_range",
+		unix.SYS_SETXATTR: "setxattr", unix.SYS_LSETXATTR: "lsetxattr", unix.SYS_FSETXATTR: "fsetxattr",
+		unix.SYS_REMOVEXATTR: "removexattr", unix.SYS_LREMOVEXATTR: "lremovexattr", unix.SYS_FREMOVEXATTR: "fremovexattr",
+		unix.SYS_MOUNT: "mount", unix.SYS_UMOUNT2: "umount2", unix.SYS_FSMOUNT: "fsmount", unix.SYS_FSCONFIG: "fsconfig",
+		unix.SYS_MOVE_MOUNT: "move_mount", unix.SYS_MOUNT_SETATTR: "mount_setattr",
+		unix.SYS_FSYNC: "fsync", unix.SYS_FDATASYNC: "fdatasync", unix.SYS_SYNCFS: "syncfs",
+	}
+}
+
+// Failing are the system calls that can fail on a full, broken or exhausted machine: those
+// of Changing and those that open, look and read.
+func Failing() map[uint32]string {
+	calls := Changing()
+	for nr, name := range map[uint32]string{
+		unix.SYS_OPENAT: "openat", unix.SYS_OPENAT2: "openat2", unix.SYS_READ: "read", unix.SYS_PREAD64: "pread64",
+		unix.SYS_GETDENTS64: "getdents64", unix.SYS_FSTAT: "fstat", unix.SYS_STATX: "statx", unix.SYS_READLINKAT: "readlinkat",
+		unix.SYS_FLOCK: "flock", unix.SYS_FSTATFS: "fstatfs", unix.SYS_STATFS: "statfs", unix.SYS_FSOPEN: "fsopen",
+		unix.SYS_OPEN_TREE: "open_tree", unix.SYS_GETXATTR: "getxattr", unix.SYS_LGETXATTR: "lgetxattr",
+		unix.SYS_FGETXATTR: "fgetxattr", unix.SYS_FLISTXATTR: "flistxattr", unix.SYS_LISTXATTR: "listxattr",
+	} {
+		calls[nr] = name
+	}
+	for _, nr := range statCalls() {
+		calls[nr] = "fstatat"
+	}
+	return calls
+}
+
+// Intercept has decide asked before each of calls, whichever thread of this process makes it:
+// 0 lets it happen, another errno is returned in its place. It cannot be undone, so that it is for processes
+// that a test starts. It needs "seccomp". decide must not make such a call, nor wait for one who does.
+func Intercept(t testing.TB, calls map[uint32]string, decide func(call string) unix.Errno) {
+	t.Helper()
+	fd, err := listen(calls)
+	if err != nil {
+		t.Fatalf("seccomp: %v", err)
+	}
+	go func() {
+		runtime.LockOSThread()
+		for {
+			var n notification
+			if errno := ioctl(fd, unix.SECCOMP_IOCTL_NOTIF_RECV, unsafe.Pointer(&n)); errno != 0 {
+				continue // EINTR, or ENOENT: the caller has been killed
+			}
+			r := response{id: n.id}
+			if errno := decide(calls[uint32(n.nr)]); errno == 0 {
+				r.flags = unix.SECCOMP_USER_NOTIF_FLAG_CONTINUE
+			} else {
+				r.err = -int32(errno)
+			}
+			ioctl(fd, unix.SECCOMP_IOCTL_NOTIF_SEND, unsafe.Pointer(&r))
+		}
+	}()
+}
+
+// notification is struct seccomp_notif, response is struct seccomp_notif_resp.
+type notification struct {
+	id         uint64
+	pid, flags uint32
+	nr         int32
+	arch       uint32
+	ip         uint64
+	args       [6]uint64
+}
+
+type response struct {
+	id    uint64
+	value int64
+	err   int32
+	flags uint32
+}
+
+func ioctl(fd, request uintptr, arg unsafe.Pointer) unix.Errno {
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, fd, request, uintptr(arg))
+	return errno
+}
+
+// listen installs the filter on all threads. A signal, as the runtime sends them to itself, does not
+// make an intercepted call start again (SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, Linux 5.19).
+func listen(calls map[uint32]string) (uintptr, error) {
+	filter := []unix.SockFilter{{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: 0}} // seccomp_data.nr
+	for nr := range calls {
+		left := len(calls) - len(filter)
+		filter = append(filter, unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jt: uint8(left + 1), K: nr})
+	}
+	filter = append(filter,
+		unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
+		unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_USER_NOTIF})
+	prog := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	const flags = unix.SECCOMP_FILTER_FLAG_NEW_LISTENER | unix.SECCOMP_FILTER_FLAG_TSYNC |
+		unix.SECCOMP_FILTER_FLAG_TSYNC_ESRCH | unix.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
+	fd, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, flags, uintptr(unsafe.Pointer(&prog)))
+	if errno != 0 {
+		return 0, errno
+	}
+	return fd, nil
+}
+
+// probeSeccomp asks whether the kernel has what Intercept needs.
+func probeSeccomp() error {
+	const getActionAvail = 2 // SECCOMP_GET_ACTION_AVAIL
+	action := uint32(unix.SECCOMP_RET_USER_NOTIF)
+	if _, _, errno := unix.Syscall(unix.SYS_SECCOMP, getActionAvail, 0, uintptr(unsafe.Pointer(&action))); errno != 0 {
+		return fmt.Errorf("seccomp: %w", errno)
+	}
+	// A flag that is known gets as far as the missing program.
+	const flags = unix.SECCOMP_FILTER_FLAG_NEW_LISTENER | unix.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
+	if _, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, flags, 0); errno != unix.EFAULT {
+		return fmt.Errorf("seccomp listener: %w", errno)
+	}
+	return nil
+}
