@@ -31,7 +31,7 @@ deps: ## install by apt-get the programs that tests call, if they are missing
 
 .PHONY: build
 build: ## compile every module
-	$(call each,$(GO) build ./...)
+	$(call each,$(GO) build -o /dev/null ./...)
 
 .PHONY: test
 test: deps ## vet and test every module (needs root, else what needs it is skipped)

@@ -79,7 +79,7 @@ func (b *builder) run() {
 		b.cur.broken.Store(true)
 		b.unref(b.cur)
 	}
-	if err := b.end(); err != nil {
+	if err := b.end(); err != nil && !errors.Is(err, errStopped) {
 		b.fail(atEnd, fmt.Errorf("unpack: %w", err))
 	}
 }
@@ -88,7 +88,8 @@ func (b *builder) run() {
 func (b *builder) item(it *item) {
 	if !b.dead(it.seq) && it.entry != nil {
 		var err error
-		if b.cur, err = b.apply(it.entry, it.seq); err != nil {
+		// What stopped in the midst has no error of its own: that of the other stage counts.
+		if b.cur, err = b.apply(it.entry, it.seq); err != nil && !errors.Is(err, errStopped) {
 			b.fail(it.seq, it.entry.failed(err))
 		}
 	}
@@ -241,5 +242,22 @@ func (b *builder) clear(dir *dirNode, base string) error {
 	if !isWhiteoutStat(&st) {
 		b.sizeSure = false
 	}
-	return sys.RemoveAllAt(dir.fd, base)
+	return b.removeAll(dir.fd, base)
+}
+
+// removeAll removes name beneath dirfd with all it holds, unless the work is to stop.
+func (b *builder) removeAll(dirfd int, name string) error {
+	return sys.RemoveAllUntil(dirfd, name, b.goOn)
+}
+
+// goOn returns an error when the work is to stop. What may take long asks it between steps.
+func (b *builder) goOn() error {
+	select {
+	case <-b.stopped:
+		return errStopped
+	case <-b.ctx.Done():
+		return b.ctx.Err()
+	default:
+		return nil
+	}
 }

@@ -96,7 +96,7 @@ func (b *builder) copyUpFile(view *mergedDir, dir *dirNode, name string, m *meta
 		return err
 	}
 	defer func() { err = errors.Join(err, sys.Close(dst)) }()
-	if err := copyFile(dst, src, low.st.Size); err != nil {
+	if err := copyFile(dst, src, low.st.Size, b.goOn); err != nil {
 		return err
 	}
 	b.size.Add(low.st.Size)
@@ -110,8 +110,8 @@ func (b *builder) copyUpFile(view *mergedDir, dir *dirNode, name string, m *meta
 	return sys.Futimens(dst, times)
 }
 
-// copyFile copies size bytes, holes as holes.
-func copyFile(dst, src int, size int64) error {
+// copyFile copies size bytes, holes as holes, and ends with the error of stop.
+func copyFile(dst, src int, size int64, stop func() error) error {
 	buf := make([]byte, min(copyBuffer, size))
 	for pos := int64(0); pos < size; {
 		data, err := unix.Seek(src, pos, unix.SEEK_DATA)
@@ -126,6 +126,9 @@ func copyFile(dst, src int, size int64) error {
 			end = size
 		}
 		for end = min(end, size); data < end; {
+			if err := stop(); err != nil {
+				return err
+			}
 			n, err := sys.Pread(src, buf[:min(int64(len(buf)), end-data)], data)
 			if err != nil {
 				return err

@@ -269,6 +269,74 @@ func TestUnpackCancel(t *testing.T) {
 	})
 }
 
+// TestUnpackCancelRemoval cancels while a large tree is being replaced, and has the stream fail then: neither
+// waits until all of the tree is gone.
+func TestUnpackCancelRemoval(t *testing.T) {
+	overlaytest.Require(t, "root", "tmpfs")
+	const files = 50_000
+	mine := errors.New("mine")
+	for _, c := range []struct {
+		name  string
+		entry string
+		fail  bool
+	}{{"replaced", "big", false}, {"whiteout", ".wh.big", false}, {"opaque", ".wh..wh..opq", false}, {"stream error", "big", true}} {
+		t.Run(c.name, func(t *testing.T) {
+			overlaytest.NoLeaks(t)
+			dir := overlaytest.MountFS(t, overlaytest.FS{Name: "tmpfs", Size: 1 << 30})
+			if err := os.Mkdir(filepath.Join(dir, "big"), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			for i := range files {
+				if err := unix.Mknod(filepath.Join(dir, "big", fmt.Sprint(i)), unix.S_IFREG|0o644, 0); err != nil {
+					t.Fatal(err)
+				}
+			}
+			ctx, cancel := context.WithCancelCause(context.Background())
+			defer cancel(nil)
+			// Entries are handed on in batches.
+			tar := tarOf(t, append([]string{c.entry}, overlaytest.Names(2*maxBatch)...)...)
+			end := readerFunc(func([]byte) (int, error) {
+				// The builder has begun by the time that a file is missing.
+				for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); {
+					names, err := os.ReadDir(filepath.Join(dir, "big"))
+					if err != nil || len(names) < files {
+						break
+					}
+				}
+				if c.fail {
+					return 0, mine
+				}
+				cancel(nil)
+				return 0, io.EOF
+			})
+			_, err := Unpack(ctx, dir, io.MultiReader(bytes.NewReader(tar), end), UnpackOptions{Format: Merged})
+			want := context.Canceled
+			if c.fail {
+				want = mine
+			}
+			if !errors.Is(err, want) {
+				t.Errorf("error %v, want %v", err, want)
+			}
+			if left, err := os.ReadDir(filepath.Join(dir, "big")); err != nil || len(left) == 0 {
+				t.Errorf("the tree is gone: %v", err)
+			}
+		})
+	}
+}
+
+// tarOf is a tar of empty files that has no end yet.
+func tarOf(t testing.TB, names ...string) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for _, name := range names {
+		if err := w.WriteHeader(&tar.Header{Name: name, Typeflag: tar.TypeReg, Mode: 0o644}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return b.Bytes()
+}
+
 // TestUnpackNoSpace fills a small filesystem: ENOSPC comes out with the entry, and the
 // reader is not read to its end, which it doesn't have.
 func TestUnpackNoSpace(t *testing.T) {

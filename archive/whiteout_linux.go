@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/bcc2decd/overlay2/internal/sys"
 	"golang.org/x/sys/unix"
@@ -16,6 +17,8 @@ import (
 const (
 	aufsPrefix = ".wh..wh."
 	plnkDir    = ".wh..wh.plnk"
+	// plnkPatience is how long their removal may take after a failure.
+	plnkPatience = 20 * time.Millisecond
 )
 
 // mark obeys a mark: base, which begins with ".wh.", in the directory dir.
@@ -152,6 +155,9 @@ func (b *builder) hideRoot() error {
 	}
 	root := b.stack[0]
 	for _, name := range names {
+		if err := b.goOn(); err != nil {
+			return err
+		}
 		var st unix.Stat_t
 		err := sys.Fstatat(root.fd, name, &st)
 		switch {
@@ -218,7 +224,7 @@ func (b *builder) sweepKept() error {
 		hash := b.names.hash(n.hash, name)
 		if !b.names.has(hash, nameKept) {
 			b.touch(n)
-			return false, sys.RemoveAllAt(n.fd, name)
+			return false, b.removeAll(n.fd, name)
 		}
 		if b.names.has(hash, nameMade) {
 			return false, nil
@@ -245,7 +251,7 @@ func (b *builder) hideMerged(name string) error {
 	switch {
 	case st.Mode&unix.S_IFMT != unix.S_IFDIR, !top.made && !b.names.has(hash, nameKept):
 		b.touch(top)
-		return sys.RemoveAllAt(top.fd, name)
+		return b.removeAll(top.fd, name)
 	case top.made, b.names.has(hash, nameMade):
 		return nil
 	}
@@ -288,11 +294,6 @@ func (b *builder) sweep(visit func(n *dirNode, name string, typ uint8) (descend 
 			}
 			continue
 		}
-		select {
-		case <-b.stopped:
-			return errStopped
-		default:
-		}
 		name := todo[last][0]
 		todo[last] = todo[last][1:]
 		if err := b.enter(name, false); err != nil {
@@ -310,6 +311,9 @@ func (b *builder) list(n *dirNode, each func(name string, typ uint8) error) erro
 		return err
 	}
 	for {
+		if err := b.goOn(); err != nil {
+			return err
+		}
 		name, typ, err := b.dents.Next()
 		if err != nil || name == nil {
 			return err
@@ -364,7 +368,14 @@ func (b *builder) dropPlnk() error {
 	}
 	root := b.stack[0]
 	b.touch(root)
-	err := sys.RemoveAllAt(root.fd, b.plnkName)
+	// After a failure there may be a caller who waits, and the layer is of no use.
+	deadline := time.Now().Add(plnkPatience)
+	err := sys.RemoveAllUntil(root.fd, b.plnkName, func() error {
+		if err := b.goOn(); err != nil && time.Now().After(deadline) {
+			return err
+		}
+		return nil
+	})
 	if b.plnk != nil {
 		err = errors.Join(err, sys.Close(b.plnk.fd))
 	}

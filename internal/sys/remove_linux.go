@@ -17,7 +17,12 @@ const (
 // RemoveAllAt removes name beneath dirfd with all it holds, without following a
 // symlink and without entering another mount: a mount beneath is EXDEV or EBUSY. What
 // is gone already is no error. Nesting of any depth takes a bounded number of descriptors.
-func RemoveAllAt(dirfd int, name string) (err error) {
+func RemoveAllAt(dirfd int, name string) error {
+	return RemoveAllUntil(dirfd, name, func() error { return nil })
+}
+
+// RemoveAllUntil is RemoveAllAt that ends with the error of stop, which it calls before each entry.
+func RemoveAllUntil(dirfd int, name string, stop func() error) (err error) {
 	if err := unlinkAny(dirfd, name); !notEmpty(err) {
 		return err
 	}
@@ -27,7 +32,11 @@ func RemoveAllAt(dirfd int, name string) (err error) {
 		return ignoreGone(err)
 	}
 	for len(r.frames) > 0 {
-		if err := r.step(dirfd); err != nil {
+		err := stop()
+		if err == nil {
+			err = r.step(dirfd)
+		}
+		if err != nil {
 			return fmt.Errorf("remove %s: %w", name, err)
 		}
 	}
