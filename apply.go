@@ -240,7 +240,7 @@ func (l *layer) healDiff() error {
 
 // applyMerged unpacks through a mount of the layer, whose lock is held.
 func (d *Driver) applyMerged(l *layer, state *layerState, diff io.Reader) (stats archive.Stats, err error) {
-	path, adopted, err := d.mountLayer(l, state.mounts, "")
+	path, adopted, err := d.mountLayer(l, state, MountOpts{})
 	if err != nil {
 		return stats, err
 	}

@@ -43,6 +43,10 @@ type Driver struct {
 
 	instance string // of the filesystem that home lies on, as it is mounted now
 
+	mappedOnce sync.Once
+	mapped     mappedBy // see mapping. Both protected by mappedOnce.
+	mappedErr  error
+
 	layers   layerTable
 	known    knownLinks
 	volatile volatileLayers
@@ -223,6 +227,7 @@ func (d *Driver) Status() [][2]string {
 		{"Project Quota", strconv.FormatBool(d.hasQuota())},
 		{"Mount Method", d.opts.MountMethod.String()},
 		{"Max Depth", strconv.Itoa(d.maxDepth)},
+		{"ID-mapped Mounts", d.mappingStatus()},
 		{"Mount Options", strings.Join(d.mountOptions, ",")},
 		{"Durability", d.opts.Durability.String()},
 	}

@@ -4,6 +4,8 @@ import (
 	"maps"
 	"slices"
 	"sync"
+
+	"github.com/bcc2decd/overlay2/archive"
 )
 
 // layerState is what a Driver knows of one layer beyond the disk. It exists while
@@ -16,6 +18,8 @@ type layerState struct {
 	users int
 	// mounts counts the Gets without a Put. Protected by mu.
 	mounts int
+	// owners is the id map of the mount while mounts is more than 0. Protected by mu.
+	owners archive.IDMap
 	// use is held while mounts is more than 0. Protected by mu.
 	use *use
 	// readers counts the open streams of Diff. Protected by layerTable.mu, as they

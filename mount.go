@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 
+	"github.com/bcc2decd/overlay2/archive"
 	"github.com/bcc2decd/overlay2/internal/sys"
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
@@ -25,7 +26,11 @@ func (d *Driver) Get(id, mountLabel string) (string, error) {
 }
 
 func (d *Driver) get(id, mountLabel string) (string, error) {
-	if err := checkMountLabel(mountLabel); err != nil {
+	return d.getWith(id, MountOpts{Label: mountLabel})
+}
+
+func (d *Driver) getWith(id string, opts MountOpts) (string, error) {
+	if err := errors.Join(checkMountLabel(opts.Label), d.checkMap(opts.IDMap)); err != nil {
 		return "", err
 	}
 	if err := checkID(id); err != nil {
@@ -47,7 +52,7 @@ func (d *Driver) get(id, mountLabel string) (string, error) {
 			return "", err
 		}
 	}
-	path, adopted, err := d.mountLayer(l, state.mounts, mountLabel)
+	path, adopted, err := d.mountLayer(l, state, opts)
 	if err != nil {
 		if state.mounts == 0 {
 			state.use.drop()
@@ -64,14 +69,18 @@ func (d *Driver) get(id, mountLabel string) (string, error) {
 
 // mountLayer mounts an open layer that has been got so many times before, if it needs
 // that, and returns the path. The layer's lock is held.
-func (d *Driver) mountLayer(l *layer, mounts int, mountLabel string) (path string, adopted bool, err error) {
-	if mounts > 0 {
+func (d *Driver) mountLayer(l *layer, state *layerState, opts MountOpts) (path string, adopted bool, err error) {
+	if state.mounts > 0 {
+		if err := state.checkOwners(opts.IDMap); err != nil {
+			return "", false, err
+		}
 		mounted, err := l.has(mergedName)
 		if err != nil || mounted {
 			return l.path(mergedName), false, err
 		}
 		return l.path(diffName), false, nil
 	}
+	state.owners = opts.IDMap
 	links, err := l.lowers()
 	if err != nil {
 		return "", false, err
@@ -84,10 +93,13 @@ func (d *Driver) mountLayer(l *layer, mounts int, mountLabel string) (path strin
 		if err := l.checkDiff(); err != nil {
 			return "", false, err
 		}
-		if !committed {
-			return l.path(diffName), false, nil
+		if !committed && opts.IDMap.Empty() {
+			return l.path(diffName), false, l.checkPlain()
 		}
-		adopted, err = d.mountAtMerged(l, func() error {
+		adopted, err = d.mountAtMerged(l, opts.IDMap, func() error {
+			if !opts.IDMap.Empty() {
+				return d.bindMapped(l, opts.IDMap, committed)
+			}
 			// Overlayfs takes no single layer without an upper one.
 			return sys.BindReadOnly(l.path(diffName), l.path(mergedName))
 		})
@@ -98,17 +110,17 @@ func (d *Driver) mountLayer(l *layer, mounts int, mountLabel string) (path strin
 		return "", false, err
 	}
 	defer spec.chain.close()
-	spec.label = mountLabel
-	adopted, err = d.mountAtMerged(l, func() error { return d.mountOverlay(l, spec) })
+	spec.label = opts.Label
+	adopted, err = d.mountAtMerged(l, opts.IDMap, func() error { return d.mountOverlay(l, spec, opts.IDMap) })
 	return l.path(mergedName), adopted, err
 }
 
 // mountAtMerged makes the layer's merged directory and calls mount, unless something is
 // mounted there already.
-func (d *Driver) mountAtMerged(l *layer, mount func() error) (adopted bool, err error) {
+func (d *Driver) mountAtMerged(l *layer, owners archive.IDMap, mount func() error) (adopted bool, err error) {
 	if adopted, err = d.makeMerged(l); err != nil || adopted {
 		if adopted && err == nil {
-			err = d.adoptVolatile(l)
+			err = errors.Join(l.checkMerged(owners), d.adoptVolatile(l))
 		}
 		return adopted, err
 	}
@@ -178,8 +190,11 @@ func (l *layer) mounted() (bool, error) {
 }
 
 // mountOverlay mounts the layer at its merged directory.
-func (d *Driver) mountOverlay(l *layer, spec mountSpec) error {
+func (d *Driver) mountOverlay(l *layer, spec mountSpec, owners archive.IDMap) error {
 	mount := func() error { return spec.mount(l.id+"/"+mergedName, d.opts.MountMethod, d.facts) }
+	if !owners.Empty() {
+		mount = func() error { return d.mountMapped(l, spec, owners) }
+	}
 	if spec.upper == "" {
 		return mount()
 	}

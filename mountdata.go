@@ -1,9 +1,19 @@
 package overlay2
 
-// MountOpts are the options of a view; see Driver.Mount.
+import "github.com/bcc2decd/overlay2/archive"
+
+// MountOpts are the options of a mount; see Driver.Mount and Driver.GetWith.
 type MountOpts struct {
 	// Label is the SELinux label of the mount, or "".
 	Label string
+	// IDMap shows the owners on disk (ContainerID) as others (HostID), those of a container's user
+	// namespace, so that one copy of an image serves containers with different maps. What a container writes has
+	// the image's owners on disk again: its Diff needs no map. An owner that the map does not
+	// cover is shown as nobody, and cannot be written. The zero value changes nothing.
+	//
+	// It is for a Driver without Options.IDMap, with which the layers are mapped on disk. Where the
+	// kernel (5.19), the filesystem or the lack of privileges does not allow it, it is ErrNotSupported.
+	IDMap archive.IDMap
 }
 
 // MountData is a mount as data, for runtimes that mount by themselves. Paths are absolute.

@@ -40,7 +40,7 @@ func (d *Driver) Mount(id string, opts MountOpts) (*Mount, error) {
 }
 
 func (d *Driver) view(id string, opts MountOpts) (*Mount, error) {
-	if err := checkMountLabel(opts.Label); err != nil {
+	if err := errors.Join(checkMountLabel(opts.Label), d.checkMap(opts.IDMap)); err != nil {
 		return nil, err
 	}
 	if err := checkID(id); err != nil {
@@ -79,7 +79,11 @@ func (d *Driver) viewLayer(l *layer, opts MountOpts) (fd int, err error) {
 		if err != nil {
 			return -1, corrupt("%s: %w", diffName, err)
 		}
-		fd, err = sys.CloneReadOnly(dirfd)
+		if opts.IDMap.Empty() {
+			fd, err = sys.CloneReadOnly(dirfd)
+		} else {
+			fd, err = d.cloneMapped(dirfd, opts.IDMap, true)
+		}
 		return fd, errors.Join(err, sys.Close(dirfd))
 	}
 	committed, err := l.has(committedName)
@@ -101,6 +105,9 @@ func (d *Driver) viewLayer(l *layer, opts MountOpts) (fd int, err error) {
 	spec.label = opts.Label
 	if len(spec.lowers) > maxLowers {
 		return -1, fmt.Errorf("%w: a view of %d layers, at most %d", ErrTooDeep, len(spec.lowers), maxLowers)
+	}
+	if !opts.IDMap.Empty() {
+		return d.viewMapped(spec, opts.IDMap)
 	}
 	if d.facts.newAPI == yes && d.opts.MountMethod != MountLegacy && d.opts.MountMethod != MountDescriptors {
 		return spec.detached(unix.MOUNT_ATTR_RDONLY)

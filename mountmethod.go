@@ -135,6 +135,12 @@ func (s mountSpec) detachedFrom(prefix string, attrs int) (fd int, err error) {
 		c.Set("upperdir", prefix+s.upper)
 		c.Set("workdir", prefix+s.work)
 	}
+	s.setOptions(c)
+	return c.Mount(attrs)
+}
+
+// setOptions sets what is not a layer.
+func (s mountSpec) setOptions(c *sys.FSContext) {
 	for _, o := range s.options {
 		if key, value, ok := strings.Cut(o, "="); ok {
 			c.Set(key, value)
@@ -145,7 +151,6 @@ func (s mountSpec) detachedFrom(prefix string, attrs int) (fd int, err error) {
 	if s.label != "" {
 		c.Set("context", s.label)
 	}
-	return c.Mount(attrs)
 }
 
 // longestName returns the length of the longest of the overlay's names.

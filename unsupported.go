@@ -53,6 +53,9 @@ func (d *Driver) Get(id, mountLabel string) (string, error) {
 	return "", layerErr("get", id, ErrNotSupported)
 }
 
+// GetWith returns ErrNotSupported.
+func (d *Driver) GetWith(id string, opts MountOpts) (string, error) { return d.Get(id, opts.Label) }
+
 // Put returns ErrNotSupported.
 func (d *Driver) Put(id string) error { return layerErr("put", id, ErrNotSupported) }
 

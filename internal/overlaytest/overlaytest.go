@@ -37,6 +37,7 @@ const requireEnv = "OVERLAY2_TEST_REQUIRE"
 //	          directory of it is given by OVERLAY2_TEST_DIR_...
 //	loop      a free loop device can be had
 //	userns    a process can be started in a user namespace of its own
+//	idmap     mounts with mapped owners (the kernel has them; not every filesystem)
 //	mknod     character devices can be made
 //	seccomp   system calls can be intercepted (Linux 5.19)
 //	selinux   SELinux is on

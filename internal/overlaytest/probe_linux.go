@@ -38,6 +38,8 @@ func probe(t testing.TB, need string) error {
 		return probeUserns()
 	case "seccomp":
 		return probeSeccomp()
+	case "idmap":
+		return probeIDMap(t)
 	case "mknod":
 		return unix.Mknod(filepath.Join(t.TempDir(), "null"), unix.S_IFCHR|0o600, int(unix.Mkdev(1, 3)))
 	case "selinux":
@@ -116,6 +118,27 @@ func probeUserns() error {
 	}
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("start a process in a user namespace: %w: %s", err, out)
+	}
+	return nil
+}
+
+// probeIDMap asks for an idmapped mount of a temporary directory, with a map by which nothing
+// is mapped: a kernel before 5.12, and a filesystem that cannot, refuse it in another way.
+func probeIDMap(t testing.TB) error {
+	fd, err := unix.OpenTree(unix.AT_FDCWD, t.TempDir(), unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("open_tree: %w", err)
+	}
+	defer unix.Close(fd)
+	ns, err := os.Open("/proc/self/ns/user")
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(ns.Fd())}
+	// The initial namespace is EPERM to a kernel that could with another.
+	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr); err != nil && err != unix.EPERM {
+		return fmt.Errorf("mount_setattr: %w", err)
 	}
 	return nil
 }

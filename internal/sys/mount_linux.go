@@ -111,6 +111,29 @@ func onOwnThread(f func() error, done chan<- error) {
 	done <- f() // ends locked, so that the runtime ends the thread
 }
 
+// AsOwner makes the calling thread, which must be one of OnOwnThread, act on files as uid and
+// gid with all capabilities that it may have: going over to another user has the kernel drop some.
+func AsOwner(uid, gid int) error {
+	if _, err := unix.SetfsgidRetGid(gid); err != nil {
+		return fmt.Errorf("setfsgid %d: %w", gid, err)
+	}
+	if _, err := unix.SetfsuidRetUid(uid); err != nil {
+		return fmt.Errorf("setfsuid %d: %w", uid, err)
+	}
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&header, &data[0]); err != nil {
+		return fmt.Errorf("capget: %w", err)
+	}
+	for i := range data {
+		data[i].Effective = data[i].Permitted
+	}
+	if err := unix.Capset(&header, &data[0]); err != nil {
+		return fmt.Errorf("capset: %w", err)
+	}
+	return nil
+}
+
 // BindReadOnly shows the directory source at target, read-only.
 func BindReadOnly(source, target string) error {
 	if err := unix.Mount(source, target, "", unix.MS_BIND, ""); err != nil {

@@ -10,11 +10,25 @@ const cloneFlags = unix.OPEN_TREE_CLONE | unix.OPEN_TREE_CLOEXEC
 // CloneReadOnly returns a descriptor of a detached, read-only mount of the open directory
 // (mount_setattr: 5.12, commit 2a1867219c7b).
 func CloneReadOnly(dirfd int) (int, error) {
+	return cloneAs(dirfd, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
+}
+
+// CloneMapped returns a descriptor of a detached mount of the open directory on which owners
+// are mapped as in the user namespace: an id on disk, taken for one in the namespace, is shown as what the namespace
+// makes of it (5.12; which filesystems can do it differs).
+func CloneMapped(dirfd, userns int, readOnly bool) (int, error) {
+	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(userns)}
+	if readOnly {
+		attr.Attr_set |= unix.MOUNT_ATTR_RDONLY
+	}
+	return cloneAs(dirfd, attr)
+}
+
+func cloneAs(dirfd int, attr unix.MountAttr) (int, error) {
 	fd, err := unix.OpenTree(dirfd, "", cloneFlags|unix.AT_EMPTY_PATH)
 	if err != nil {
 		return -1, &MountError{Call: "open_tree", Target: ProcPath(dirfd), Err: err}
 	}
-	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
 	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr); err != nil {
 		_ = Close(fd)
 		return -1, &MountError{Call: "mount_setattr", Target: ProcPath(dirfd), Err: err}
