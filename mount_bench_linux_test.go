@@ -50,10 +50,10 @@ func rawMounts(b *testing.B, d *Driver, id, target string) []rawMount {
 	spec.chain.close()
 	spec.chain = nil // nothing is checked
 	var raw []rawMount
-	if data, ok := spec.fitting(d.home + "/"); ok {
+	if data, ok := spec.fitting(d.home+"/", sys.MaxMountData()); ok {
 		raw = append(raw, rawMount{"legacy", func() error { return unix.Mount("overlay", target, "overlay", 0, data) }})
 	}
-	if data, ok := spec.fitting(""); ok {
+	if data, ok := spec.fitting("", sys.MaxMountData()); ok {
 		raw = append(raw, rawMount{"relative", func() error { return sys.MountOverlayFrom(d.home, target, data, 0) }})
 	}
 	if d.facts.newAPI == yes {

@@ -58,7 +58,7 @@ func (s mountSpec) mount(target string, method MountMethod, f facts) error {
 	case MountDescriptors:
 		return s.mountDescriptors(target)
 	}
-	if data, ok := s.fitting(s.home + "/"); ok {
+	if data, ok := s.fitting(s.home+"/", sys.MaxMountData()); ok {
 		if err := s.checkAll(); err != nil {
 			return err
 		}
@@ -174,7 +174,7 @@ func (s mountSpec) mountDescriptors(target string) error {
 // mountHere mounts the overlay, whose layers are checked, at target, an absolute path, on a
 // thread that is the caller's own and whose working directory it may change.
 func (s mountSpec) mountHere(target string, method MountMethod) error {
-	data, ok := s.fitting("")
+	data, ok := s.fitting("", sys.MaxMountData())
 	switch {
 	case ok && method != MountDescriptors:
 		return sys.MountOverlayHere(s.home, target, data, 0)

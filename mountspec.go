@@ -52,13 +52,13 @@ func (s mountSpec) data(prefix string) string {
 	return label.FormatMountLabel(b.String(), s.label)
 }
 
-// fitting returns data(prefix), and whether mount(2) takes that much.
-func (s mountSpec) fitting(prefix string) (data string, ok bool) {
-	if len(s.lowers)*(len(prefix)+1) > sys.MaxMountData() {
+// fitting returns data(prefix), and whether that is no more than room bytes.
+func (s mountSpec) fitting(prefix string, room int) (data string, ok bool) {
+	if len(s.lowers)*(len(prefix)+1) > room {
 		return "", false
 	}
 	data = s.data(prefix)
-	return data, len(data) <= sys.MaxMountData()
+	return data, len(data) <= room
 }
 
 // check checks a lower layer.

@@ -16,7 +16,7 @@ import (
 )
 
 var (
-	// minKernel is the first kernel with several lower layers (4.0, commit a78d9f0d5d5c).
+	// minKernel is the first kernel with several lower layers (4.0).
 	minKernel = sys.KernelVersion{Major: 4, Minor: 0}
 	// minKernelBtrfs is the first one on which btrfs clears a whiteout's directory right (moby#27358).
 	minKernelBtrfs = sys.KernelVersion{Major: 4, Minor: 7}
@@ -54,7 +54,7 @@ type facts struct {
 	// dType: readdir tells the type of an entry.
 	dType answer
 	// indexOff: the option index exists and is to be switched off, as layers are moved
-	// between mounts (4.13, commit 02bcd1577400).
+	// between mounts (4.13).
 	indexOff bool
 	// userxattr: trusted.* is not permitted here (user namespace; 5.11, commit 2d2f2d7322ff).
 	userxattr bool

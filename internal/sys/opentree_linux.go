@@ -15,7 +15,8 @@ func CloneReadOnly(dirfd int) (int, error) {
 
 // CloneMapped returns a descriptor of a detached mount of the open directory on which owners
 // are mapped as in the user namespace: an id on disk, taken for one in the namespace, is shown as what the namespace
-// makes of it (5.12; which filesystems can do it differs).
+// makes of it (5.12; an overlay takes it since 5.19,
+// commit bc70682a497c; which filesystems can do it differs).
 func CloneMapped(dirfd, userns int, readOnly bool) (int, error) {
 	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(userns)}
 	if readOnly {
