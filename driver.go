@@ -87,7 +87,7 @@ func newDriver(home string, opts Options) (*Driver, error) {
 	if err := checkMountOptions(opts.MountOptions); err != nil {
 		return nil, err
 	}
-	if opts.MountMethod > MountDescriptors {
+	if opts.MountMethod > MountFiles {
 		return nil, fmt.Errorf("%w: mount method %v", ErrInvalidOption, opts.MountMethod)
 	}
 	if opts.Durability > DurabilityOff {

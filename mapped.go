@@ -172,11 +172,6 @@ func (s mountSpec) detachedMapped(ns *idMapped, by mappedBy, attrs int) (fd int,
 
 // mappedFiles makes the overlay of open files.
 func (s mountSpec) mappedFiles(ns *idMapped, attrs int) (fd int, err error) {
-	c, err := sys.OpenFS("overlay")
-	if err != nil {
-		return -1, err
-	}
-	defer func() { err = errors.Join(err, c.Close()) }()
 	homefd, err := sys.OpenRoot(s.home)
 	if err != nil {
 		return -1, err
@@ -188,37 +183,14 @@ func (s mountSpec) mappedFiles(ns *idMapped, attrs int) (fd int, err error) {
 			err = errors.Join(err, sys.Close(fd))
 		}
 	}()
-	c.Set("source", "overlay")
-	give := func(key string, clone int, name string) error {
-		fd, err := sys.OpenDirat(clone, name)
-		if err != nil {
-			return fmt.Errorf("open %s: %w", name, err)
+	open := func(path string, readOnly bool) (int, error) {
+		clone, err := cloneMapped(homefd, path, ns, readOnly)
+		if err == nil {
+			fds = append(fds, clone)
 		}
-		c.SetFD(key, fd)
-		return sys.Close(fd)
+		return clone, err
 	}
-	for _, lower := range s.lowers {
-		clone, err := cloneMapped(homefd, lower, ns, true)
-		if err != nil {
-			return -1, err
-		}
-		fds = append(fds, clone)
-		if err := give("lowerdir+", clone, "."); err != nil {
-			return -1, err
-		}
-	}
-	if s.upper != "" {
-		clone, err := cloneMapped(homefd, filepath.Dir(s.upper), ns, false)
-		if err != nil {
-			return -1, err
-		}
-		fds = append(fds, clone)
-		if err := errors.Join(give("upperdir", clone, diffName), give("workdir", clone, workName)); err != nil {
-			return -1, err
-		}
-	}
-	s.setOptions(c)
-	return c.Mount(attrs)
+	return s.ofFiles(open, attrs)
 }
 
 // mappedNames makes the overlay of mounts in the mount namespace that the thread has for

@@ -109,6 +109,9 @@ func (d *Driver) viewLayer(l *layer, opts MountOpts) (fd int, err error) {
 	if !opts.IDMap.Empty() {
 		return d.viewMapped(spec, opts.IDMap)
 	}
+	if d.opts.MountMethod == MountFiles {
+		return spec.detachedFiles(unix.MOUNT_ATTR_RDONLY)
+	}
 	if d.facts.newAPI == yes && d.opts.MountMethod != MountLegacy && d.opts.MountMethod != MountDescriptors {
 		return spec.detached(unix.MOUNT_ATTR_RDONLY)
 	}

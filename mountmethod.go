@@ -43,6 +43,8 @@ func (f facts) checkMethod(method MountMethod) error {
 		return unsupported("the kernel does not mount an overlay layer by layer: %w", f.newAPIErr)
 	case method == MountDescriptors && f.descriptors != yes:
 		return unsupported("the kernel does not mount an overlay of open directories: %w", f.descriptorsErr)
+	case method == MountFiles && f.files != yes:
+		return unsupported("the kernel takes no open directories for layers: %w", f.filesErr)
 	}
 	return nil
 }
@@ -57,6 +59,8 @@ func (s mountSpec) mount(target string, method MountMethod, f facts) error {
 		return s.mountNew(target)
 	case MountDescriptors:
 		return s.mountDescriptors(target)
+	case MountFiles:
+		return s.attach(target, s.detachedFiles)
 	}
 	if data, ok := s.fitting(s.home+"/", sys.MaxMountData()); ok {
 		if err := s.checkAll(); err != nil {
@@ -84,8 +88,11 @@ func (s mountSpec) mount(target string, method MountMethod, f facts) error {
 }
 
 // mountNew mounts the overlay at target by the new mount API.
-func (s mountSpec) mountNew(target string) (err error) {
-	fd, err := s.detached(0)
+func (s mountSpec) mountNew(target string) error { return s.attach(target, s.detached) }
+
+// attach makes a mount and puts it at target.
+func (s mountSpec) attach(target string, detached func(attrs int) (int, error)) error {
+	fd, err := detached(0)
 	if err != nil {
 		return err
 	}

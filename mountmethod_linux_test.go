@@ -21,6 +21,11 @@ func methods(t *testing.T) []MountMethod {
 	if d.facts.newAPI == yes {
 		all = append(all, MountNewAPI)
 	}
+	if _, err := New(t.TempDir(), Options{MountMethod: MountFiles}); err == nil {
+		all = append(all, MountFiles)
+	} else {
+		wantErr(t, err, ErrNotSupported)
+	}
 	return all
 }
 
@@ -163,8 +168,8 @@ func TestForcedMethods(t *testing.T) {
 
 // TestMethodMissing: a way that the kernel lacks is refused by New, not by the first Get.
 func TestMethodMissing(t *testing.T) {
-	f := facts{newAPI: no, newAPIErr: unix.ENOSYS, descriptors: unknown, descriptorsErr: unix.EMFILE}
-	for method, want := range map[MountMethod]error{MountNewAPI: unix.ENOSYS, MountDescriptors: unix.EMFILE} {
+	f := facts{newAPI: no, newAPIErr: unix.ENOSYS, descriptors: unknown, descriptorsErr: unix.EMFILE, files: no, filesErr: unix.EBADF}
+	for method, want := range map[MountMethod]error{MountNewAPI: unix.ENOSYS, MountDescriptors: unix.EMFILE, MountFiles: unix.EBADF} {
 		if err := f.checkMethod(method); !errors.Is(err, ErrNotSupported) || !errors.Is(err, want) {
 			t.Errorf("%v: %v", method, err)
 		}

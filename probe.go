@@ -70,6 +70,9 @@ type facts struct {
 	// descriptors: mount(2) takes numbers of open directories for names.
 	descriptors    answer
 	descriptorsErr error // why not
+	// files: an overlay's layers can be given as open files (6.13). Found out only for MountFiles.
+	files    answer
+	filesErr error // why not
 }
 
 // nativeDiff reports whether an upper directory tells all that changed.
@@ -211,6 +214,13 @@ func (f *facts) probeLayers(tmp string, opts Options) error {
 	}
 	spec.upper, spec.work = "", "" // a second mount of them would meet what volatile left
 	f.probeNewAPI(spec)
+	if opts.MountMethod == MountFiles {
+		fd, err := spec.detachedFiles(0)
+		if err == nil {
+			err = sys.Close(fd)
+		}
+		f.files, f.filesErr = mountAnswer(err), err
+	}
 	if f.newAPI != yes || opts.MountMethod == MountDescriptors {
 		return f.probeDescriptors(spec)
 	}
