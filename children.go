@@ -20,8 +20,12 @@ func (s *staging) ownLinks(l *layer) ([]string, error) {
 		return nil, fmt.Errorf("%s: %w", linkDir, err)
 	}
 	defer func() { _ = sys.Close(lfd) }()
+	var failed error
 	leads := func(link string) bool {
 		target, err := sys.Readlinkat(lfd, link)
+		if exhausted(err) {
+			failed = err // it may lead to the layer, and children may need it
+		}
 		return err == nil && (target == linkTarget(l.id) || target == incompleteTarget(l.id))
 	}
 	if link, err := l.link(); err == nil {
@@ -36,7 +40,7 @@ func (s *staging) ownLinks(l *layer) ([]string, error) {
 		}
 		return true
 	})
-	return links, err
+	return links, errors.Join(err, failed)
 }
 
 // checkChildless returns ErrLayerInUse if another layer has this one in its chain. A layer that

@@ -385,14 +385,13 @@ func (d *Driver) removeUnused(l *layer, s *staging, links []string) error {
 		return err
 	}
 	d.volatile.drop(l.id)
-	// Last, as a New after a crash reads in it which link to remove.
-	defer d.trash.add(d, trashName)
 	for _, link := range links {
 		d.sizes.Delete(link)
 		if err := removeDangling(s.homefd, link); err != nil {
-			return err // the layer is gone; New removes the link
+			return err // the layer is gone; New reads in the trash which link to remove
 		}
 	}
+	d.trash.add(d, trashName)
 	if d.opts.Durability == DurabilityStrict {
 		return d.synced(sys.Fsync(s.homefd))
 	}

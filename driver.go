@@ -289,6 +289,9 @@ func (d *Driver) Exists(id string) bool {
 // The Driver can be used on.
 func (d *Driver) Cleanup() error {
 	err := d.flush()
+	if err != nil {
+		err = fmt.Errorf("cleanup %s: %w", d.home, err)
+	}
 	d.trash.wait()
 	d.handOver()
 	return errors.Join(err, d.unbindHome())

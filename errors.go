@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strconv"
+	"syscall"
 )
 
 // Sentinels, for errors.Is. What the driver returns wraps one of them, or an errno,
@@ -75,9 +77,22 @@ func layerErr(op, id string, err error) error {
 	return &LayerError{Op: op, ID: id, Err: err}
 }
 
-// corrupt returns an ErrCorrupt that says what is wrong.
+// corrupt returns an ErrCorrupt that says what is wrong. It is none if that is the machine's: who
+// takes a layer for damaged because there are no descriptors left may throw it away.
 func corrupt(format string, args ...any) error {
-	return fmt.Errorf("%w: %w", ErrCorrupt, fmt.Errorf(format, args...))
+	err := fmt.Errorf(format, args...)
+	if exhausted(err) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", ErrCorrupt, err)
+}
+
+// exhausted reports whether an error says nothing about a file but that the machine could not get at it.
+func exhausted(err error) bool {
+	var errno syscall.Errno
+	return errors.As(err, &errno) && slices.Contains([]syscall.Errno{
+		syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.EIO, syscall.ENOSPC, syscall.EDQUOT,
+	}, errno)
 }
 
 // unsupported returns an ErrNotSupported that says what is missing.

@@ -141,7 +141,11 @@ func removeDangling(homefd int, link string) error {
 		return ignoreAbsent(err)
 	}
 	if id, _ := parseLinkTarget(target); id != "" {
-		if fd, err := sys.OpenDirat(homefd, id); err == nil {
+		fd, err := sys.OpenDirat(homefd, id)
+		if exhausted(err) {
+			return fmt.Errorf("%s: %w", id, err)
+		}
+		if err == nil {
 			data, err := sys.ReadFileAt(fd, linkName, linkid.Length)
 			_ = sys.Close(fd)
 			if err != nil || string(data) == link || !linkid.Valid(string(data)) {

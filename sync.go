@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io/fs"
 	"path/filepath"
 	"sync"
 	"time"
@@ -178,6 +179,18 @@ func (d *Driver) distrust(batches []*batch) error {
 	return err
 }
 
+// again keeps batches for another try if it is not the disk that failed but, say, descriptors that ran out.
+func (d *Driver) again(batches []*batch) bool {
+	d.syncer.mu.Lock()
+	defer d.syncer.mu.Unlock()
+	if d.syncer.err != nil {
+		return false
+	}
+	d.syncer.adopted = append(d.syncer.adopted, batches...)
+	d.schedule(applyDelay)
+	return true
+}
+
 // flush syncs what waits for that, and drops its record.
 func (d *Driver) flush() error {
 	d.syncer.flushing.Lock()
@@ -199,6 +212,9 @@ func (d *Driver) flush() error {
 	}
 	if err == nil {
 		err = ignoreAbsent(d.syncBatches(batches)) // a home that is gone needs it no more
+	}
+	if err != nil && d.again(batches) {
+		return err
 	}
 	if err != nil {
 		err = errors.Join(err, d.distrust(batches))
@@ -256,6 +272,9 @@ func (d *Driver) syncLayers(s *staging, ids []string) error {
 func (d *Driver) dropBatches(s *staging, batches []*batch) error {
 	for _, b := range batches {
 		trashName, err := d.discard(s, s.fd, b.name, trashPrefix)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // dropped by a try that failed after it
+		}
 		if err != nil {
 			return fmt.Errorf("%s: %w", filepath.Join(stagingDir, b.name), err)
 		}

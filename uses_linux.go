@@ -62,6 +62,9 @@ func (u *use) drop() {
 // caller has locked for writing.
 func (l *layer) checkUnused() error {
 	fd, err := sys.OpenDirat(l.fd, diffName)
+	if exhausted(err) {
+		return fmt.Errorf("%s: %w", diffName, err)
+	}
 	if err != nil {
 		return nil //nolint:nilerr // what is damaged nobody can get
 	}

@@ -96,10 +96,22 @@ func ioctl(fd, request uintptr, arg unsafe.Pointer) unix.Errno {
 // listen installs the filter on all threads. A signal, as the runtime sends them to itself, does not
 // make an intercepted call start again (SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, Linux 5.19).
 func listen(calls map[uint32]string) (uintptr, error) {
-	filter := []unix.SockFilter{{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: 0}} // seccomp_data.nr
+	const nrAt, fdAt, lengthAt = 0, 16, 16 + 2*8 // of seccomp_data: nr, the lower halves of args[0] and args[2]
+	filter := []unix.SockFilter{
+		load(nrAt),
+		jump(unix.SYS_READ, 3, 0),
+		jump(unix.SYS_WRITE, 0, 5),
+		load(fdAt),
+		jump(2, uint8(len(calls)+3), 0), // what the runtime has to say when it dies
+		load(lengthAt),
+		// The runtime wakes its poller by 8 bytes, without leave to be stopped meanwhile.
+		jump(8, uint8(len(calls)+1), 0),
+		load(nrAt),
+	}
+	left := len(calls)
 	for nr := range calls {
-		left := len(calls) - len(filter)
-		filter = append(filter, unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jt: uint8(left + 1), K: nr})
+		filter = append(filter, jump(nr, uint8(left), 0))
+		left--
 	}
 	filter = append(filter,
 		unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
@@ -112,6 +124,15 @@ func listen(calls map[uint32]string) (uintptr, error) {
 		return 0, errno
 	}
 	return fd, nil
+}
+
+func load(at uint32) unix.SockFilter {
+	return unix.SockFilter{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: at}
+}
+
+// jump skips yes instructions if what was loaded is k, else no.
+func jump(k uint32, yes, no uint8) unix.SockFilter {
+	return unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jt: yes, Jf: no, K: k}
 }
 
 // probeSeccomp asks whether the kernel has what Intercept needs.

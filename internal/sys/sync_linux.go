@@ -1,7 +1,9 @@
 package sys
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -36,12 +38,18 @@ func FSInstance(fd int) (string, error) {
 	}
 	device := fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(uint64(st.Dev)), unix.Minor(uint64(st.Dev)))
 	link, err := os.Readlink(device)
-	if err != nil {
-		return name, nil //nolint:nilerr // without a device of its own, as tmpfs and btrfs: the boot it is
+	switch {
+	case errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission):
+		return name, nil // without a device of its own, as tmpfs and btrfs: the boot it is
+	case err != nil:
+		return "", err // another name than the last time would look like a power cut
 	}
-	for _, fs := range []string{"ext4", "xfs", "f2fs"} {
-		if unix.Stat(filepath.Join("/sys/fs", fs, filepath.Base(link)), &st) == nil {
+	for _, kind := range []string{"ext4", "xfs", "f2fs"} {
+		switch err := unix.Stat(filepath.Join("/sys/fs", kind, filepath.Base(link)), &st); {
+		case err == nil:
 			return fmt.Sprintf("%s.%x", name, st.Ino), nil
+		case !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission):
+			return "", fmt.Errorf("/sys/fs/%s: %w", kind, err)
 		}
 	}
 	return name, nil
