@@ -111,7 +111,7 @@ func TestMappedContainers(t *testing.T) {
 			must(t, d.CreateReadWrite(id, "image", nil))
 			path, err := d.GetWith(id, MountOpts{IDMap: m})
 			must(t, err)
-			defer func() { must(t, d.Put(id)) }()
+			t.Cleanup(func() { must(t, d.Put(id)) })
 			if got := inContainer(t, m, path, work); got != seen {
 				t.Errorf("map %d: seen\n%s", base, got)
 			}
@@ -213,7 +213,7 @@ func TestMappedViews(t *testing.T) {
 				}
 				m, err := d.Mount(id, opts)
 				must(t, err)
-				defer func() { must(t, m.Close()) }()
+				t.Cleanup(func() { must(t, m.Close()) })
 				var st unix.Stat_t
 				must(t, unix.Fstatat(m.FD(), "user", &st, 0))
 				if st.Uid != base+1000 || st.Gid != base+100 {

@@ -51,6 +51,55 @@ func TestSELinuxLabel(t *testing.T) {
 	})
 }
 
+// TestLabelSmuggling: whatever a label holds, with any way of mounting it adds no option: a label with
+// what could end it is refused before the kernel sees it, in all calls that take one, and nothing is left mounted.
+func TestLabelSmuggling(t *testing.T) {
+	overlaytest.Require(t, "root", "overlay")
+	for _, method := range methods(t) {
+		t.Run(method.String(), func(t *testing.T) {
+			d := newTestDriver(t, t.TempDir(), Options{MountMethod: method})
+			deepChain(t, d, 2)
+			must(t, d.CreateReadWrite("box", "layer1", nil))
+			for _, label := range []string{`u:r:t:s0",upperdir=/etc,x="`, `u:r:t:s0,upperdir=/etc`, `u:r:t:s0\`, "u:r:t:s0\n", "u:r:t:s0 x", `'u:r:t:s0'`, "a\x00b", `"`} {
+				_, err := d.Get("box", label)
+				wantErr(t, err, ErrInvalidOption)
+				_, err = d.GetWith("box", MountOpts{Label: label, IDMap: mapAt(1)})
+				wantErr(t, err, ErrInvalidOption)
+				_, err = d.Mount("layer1", MountOpts{Label: label})
+				wantErr(t, err, ErrInvalidOption)
+				_, err = d.MountData("box", label)
+				wantErr(t, err, ErrInvalidOption)
+			}
+			if inMountTable(t, d) {
+				t.Error("mounted")
+			}
+		})
+	}
+}
+
+// TestSELinuxMapped: a label and an id map go together.
+func TestSELinuxMapped(t *testing.T) {
+	overlaytest.Require(t, "root", "overlay", "selinux", "idmap")
+	const label = "system_u:object_r:container_file_t:s0:c1,c2"
+	d := newTestDriver(t, t.TempDir(), Options{})
+	deepChain(t, d, 2)
+	must(t, d.CreateReadWrite("box", "layer1", nil))
+	have, err := d.mapping()
+	must(t, err)
+	for _, by := range []mappedBy{have, mappedAttached} {
+		d.mapped = by
+		path, err := d.GetWith("box", MountOpts{Label: label, IDMap: mapAt(100000)})
+		must(t, err)
+		got := make([]byte, 256)
+		n, err := unix.Lgetxattr(path+"/f0", "security.selinux", got)
+		must(t, err)
+		if s := strings.TrimRight(string(got[:n]), "\x00"); s != label {
+			t.Errorf("label %q", s)
+		}
+		must(t, d.Put("box"))
+	}
+}
+
 // TestSELinuxBadLabel: the kernel's refusal comes out, and nothing is mounted.
 func TestSELinuxBadLabel(t *testing.T) {
 	overlaytest.Require(t, "root", "overlay", "selinux")

@@ -49,7 +49,7 @@ func useLayers(d *Driver, worker string, first, rounds int) error {
 			err = errors.Join(err, below)
 		}
 		if removed := d.Remove(id); !errors.Is(removed, ErrLayerInUse) {
-			err = errors.Join(err, fmt.Errorf("remove of a layer in use: %v", removed))
+			err = errors.Join(err, fmt.Errorf("remove of a layer in use: %w", removed))
 		}
 		if err := errors.Join(err, os.Remove(name), d.Put(id)); err != nil {
 			return err

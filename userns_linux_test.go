@@ -40,6 +40,7 @@ func TestUserns(t *testing.T) {
 		"TestInUserns", "TestMountView", "TestMountAttach", "TestMountDeep",
 		"TestGetCommitted", "TestGetErrors", "TestAdopt", "TestStaleMerged", "TestPutFails", "TestManyAtOnce",
 		"TestTampered", "TestRemove", "TestTwoDrivers", "TestGetMetadata",
+		"TestStressGoroutines", "TestDeepChain", "TestMethodHomeNames", "TestSharedUse",
 	}
 	cmd := exec.Command("/proc/self/exe", "-test.v", "-test.run", "^("+strings.Join(tests, "|")+")$")
 	cmd.Env = append(os.Environ(), usernsEnv+"=1", "TMPDIR="+dir)
@@ -103,6 +104,24 @@ func TestInUserns(t *testing.T) {
 	must(t, unix.Lstat(d.home+"/copy/diff/etc/gone", &st))
 	if st.Mode&unix.S_IFMT != unix.S_IFCHR || st.Rdev != 0 {
 		t.Errorf("a whiteout has mode %o", st.Mode)
+	}
+	size, err := d.DiffSize("box", "base")
+	must(t, err)
+	if size != 1 {
+		t.Errorf("diff of %d bytes", size)
+	}
+	// The filesystem belongs to another namespace: no mount of it can be mapped from here.
+	_, err = d.GetWith("box", MountOpts{IDMap: mapAt(1000)})
+	wantErr(t, err, ErrNotSupported)
+	if got := statusOf(d, "ID-mapped Mounts"); !strings.HasPrefix(got, "false: ") {
+		t.Errorf("mapped mounts: %s", got)
+	}
+	must(t, d.Remove("copy"))
+	if d.Exists("copy") {
+		t.Error("removed, and there")
+	}
+	if problems, err := d.Check(); err != nil || len(problems) > 0 {
+		t.Errorf("check: %v %v", problems, err)
 	}
 	// Diffs for containers with a map of their own, within this namespace.
 	m := archive.IDMap{UIDs: []archive.IDRange{{HostID: 1000, Size: 100}}, GIDs: []archive.IDRange{{HostID: 2000, Size: 100}}}

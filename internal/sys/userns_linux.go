@@ -30,7 +30,7 @@ func NewUserNS(uids, gids []syscall.SysProcIDMap) (fd int, err error) {
 
 func newUserNS(uids, gids []syscall.SysProcIDMap) (fd int, err error) {
 	pidfd := -1
-	pid, err := syscall.ForkExec("/proc/self/exe", []string{"overlay2-userns"}, &syscall.ProcAttr{
+	pid, err := syscall.ForkExec("/proc/self/exe", []string{"overlay2-userns"}, &syscall.ProcAttr{ //nolint:forbidigo // x/sys has none
 		Sys: &syscall.SysProcAttr{
 			Cloneflags: unix.CLONE_NEWUSER, UidMappings: uids, GidMappings: gids,
 			Ptrace: true, Pdeathsig: syscall.SIGKILL, PidFD: &pidfd,
