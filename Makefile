@@ -61,6 +61,10 @@ test-kill: ## kill -9 before each system call of each call, and 500 times at ran
 	OVERLAY2_TEST_CUTS=0 $(GO) test -count=1 -run '^TestKillSteps$$' -v $(TESTFLAGS) .
 	OVERLAY2_TEST_CUTS=500 $(GO) test -count=1 -timeout 60m -run '^TestKill$$' -v $(TESTFLAGS) .
 
+.PHONY: test-processes
+test-processes: ## four processes on one home, one of them killed again and again: DURATION (5m)
+	OVERLAY2_TEST_DURATION=$(or $(DURATION),5m) $(GO) test -count=1 -timeout 60m -run '^TestProcesses$$' -v $(TESTFLAGS) .
+
 .PHONY: test-faults
 test-faults: ## let each system call of each call fail with each of five errors: minutes
 	OVERLAY2_TEST_FAULTS_ALL=1 $(GO) test -count=1 -timeout 60m -run '^TestFaults$$' -v $(TESTFLAGS) .

@@ -33,7 +33,7 @@ func (d *Driver) ApplyDiff(id, parent string, diff io.Reader) (int64, error) {
 	return size, layerErr("apply", id, err)
 }
 
-func (d *Driver) applyDiff(id, parent string, diff io.Reader) (int64, error) {
+func (d *Driver) applyDiff(id, parent string, diff io.Reader) (_ int64, err error) {
 	if err := checkID(id); err != nil {
 		return 0, err
 	}
@@ -44,6 +44,7 @@ func (d *Driver) applyDiff(id, parent string, diff io.Reader) (int64, error) {
 		return 0, err
 	}
 	defer l.close()
+	defer func() { err = l.gone(err) }()
 	if err := l.healDiff(); err != nil {
 		return 0, err
 	}
@@ -74,13 +75,17 @@ func (d *Driver) applyDiff(id, parent string, diff io.Reader) (int64, error) {
 // was new, did not end well. Until the layer is closed no other process makes a child of it.
 // A parent may have children, which are filled with it.
 func (d *Driver) beginApply(l *layer, state *layerState, parent bool) error {
-	if err := sys.Flock(l.fd, unix.LOCK_EX); err != nil {
+	if err := l.lockHere(); err != nil {
 		return err
 	}
 	if state.mounts == 0 {
 		if err := l.checkUnused(); err != nil {
 			return err
 		}
+	} else if committed, err := l.has(committedName); err != nil {
+		return err
+	} else if committed {
+		return fmt.Errorf("%w: mounted read-only", ErrLayerInUse)
 	}
 	s, err := d.openStaging()
 	if err != nil {

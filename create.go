@@ -63,7 +63,7 @@ func (d *Driver) create(id, parent string, limit limits, kind string) (err error
 		}
 		defer p.close()
 		if n.lowers, err = d.parentChain(p); err != nil {
-			return fmt.Errorf("parent %s: %w", parent, err)
+			return fmt.Errorf("parent %s: %w", parent, p.gone(err))
 		}
 		n.parent = p
 	}
@@ -95,7 +95,7 @@ func (d *Driver) openParent(id string) (*layer, error) {
 		return nil, err
 	}
 	// It may have been removed between the open and the lock.
-	err = errors.Join(p.checkWhole(), p.checkDiff(), d.checkSynced(p))
+	err = p.gone(errors.Join(p.checkWhole(), p.checkDiff(), d.checkSynced(p)))
 	if still, err2 := openLayer(d.home, id); err2 != nil {
 		err = err2
 	} else {
@@ -348,7 +348,9 @@ func (d *Driver) remove(id string) error {
 		return fmt.Errorf("%w: a diff or a view of it is open", ErrLayerInUse)
 	}
 	// Another process that is making a child holds the lock shared, for moments.
-	if err := sys.Flock(l.fd, unix.LOCK_EX); err != nil {
+	if err := l.lockHere(); errors.Is(err, ErrLayerNotFound) {
+		return nil // another process was quicker
+	} else if err != nil {
 		return err
 	}
 	if err := l.checkUnused(); err != nil {

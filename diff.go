@@ -79,7 +79,7 @@ func (d *Driver) compare(id, parent string) (*comparison, error) {
 }
 
 // compareNative opens a layer for reading its diff directory alone, if that is enough.
-func (d *Driver) compareNative(id, parent string) (*comparison, error) {
+func (d *Driver) compareNative(id, parent string) (_ *comparison, err error) {
 	if err := checkID(id); err != nil {
 		return nil, err
 	}
@@ -90,6 +90,7 @@ func (d *Driver) compareNative(id, parent string) (*comparison, error) {
 		return nil, err
 	}
 	defer l.close()
+	defer func() { err = l.gone(err) }()
 	if err := l.checkWhole(); err != nil {
 		return nil, err
 	}

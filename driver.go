@@ -170,7 +170,14 @@ func unmakeHome(made []string) error {
 
 // openHome probes, makes mounts private where they are not, and finishes what a crash interrupted.
 func (d *Driver) openHome() (err error) {
-	if d.facts, err = probe(filepath.Join(d.home, stagingDir), d.opts); err != nil {
+	// Locked, so that the recovery of another process does not take what is tried for a leftover.
+	s, err := d.openStaging()
+	if err != nil {
+		return err
+	}
+	d.facts, err = probe(filepath.Join(d.home, stagingDir), d.opts)
+	s.close()
+	if err != nil {
 		return err
 	}
 	if err := d.facts.checkMethod(d.opts.MountMethod); err != nil {

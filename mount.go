@@ -25,7 +25,7 @@ func (d *Driver) Get(id, mountLabel string) (string, error) {
 	return path, layerErr("get", id, err)
 }
 
-func (d *Driver) get(id, mountLabel string) (string, error) {
+func (d *Driver) get(id, mountLabel string) (_ string, err error) {
 	return d.getWith(id, MountOpts{Label: mountLabel})
 }
 
@@ -43,6 +43,7 @@ func (d *Driver) getWith(id string, opts MountOpts) (string, error) {
 		return "", err
 	}
 	defer l.close()
+	defer func() { err = l.gone(err) }()
 	if err := l.checkWhole(); err != nil {
 		return "", err
 	}
@@ -186,7 +187,8 @@ func (l *layer) mounted() (bool, error) {
 	case err != nil:
 		return false, corrupt("%s: %w", mergedName, err)
 	}
-	return mountinfo.Mounted(l.path(mergedName))
+	mounted, err := mountinfo.Mounted(l.path(mergedName))
+	return mounted, ignoreAbsent(err) // another process has just put it
 }
 
 // mountOverlay mounts the layer at its merged directory.

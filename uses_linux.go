@@ -19,10 +19,44 @@ import (
 // use is a layer's lock of its users.
 type use struct{ fd int }
 
+// lockHere locks the layer's directory for writing. If another process has removed the layer
+// since it was opened it is ErrLayerNotFound, even if there is a new one of this name.
+func (l *layer) lockHere() error {
+	if err := sys.Flock(l.fd, unix.LOCK_EX); err != nil {
+		return err
+	}
+	var mine, there unix.Stat_t
+	if err := sys.Fstat(l.fd, &mine); err != nil {
+		return err
+	}
+	err := sys.Fstatat(unix.AT_FDCWD, l.home+"/"+l.id, &there)
+	if err == unix.ENOENT || err == nil && (mine.Ino != there.Ino || mine.Dev != there.Dev) {
+		return ErrLayerNotFound
+	}
+	return err
+}
+
+// gone returns err, or ErrLayerNotFound if the layer was removed by another process meanwhile: then
+// that is why something was missing.
+func (l *layer) gone(err error) error {
+	if !errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	var mine, there unix.Stat_t
+	if sys.Fstat(l.fd, &mine) != nil {
+		return err
+	}
+	err2 := sys.Fstatat(unix.AT_FDCWD, l.home+"/"+l.id, &there)
+	if err2 == unix.ENOENT || err2 == nil && (mine.Ino != there.Ino || mine.Dev != there.Dev) {
+		return ErrLayerNotFound
+	}
+	return err
+}
+
 // joinUse counts this process among the users of a layer, until drop. Alone is true if there
 // is no other. The layer's directory stays locked until the layer is closed.
 func (l *layer) joinUse() (u *use, alone bool, err error) {
-	if err := sys.Flock(l.fd, unix.LOCK_EX); err != nil {
+	if err := l.lockHere(); err != nil {
 		return nil, false, err
 	}
 	fd, err := sys.OpenDirat(l.fd, diffName)
