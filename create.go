@@ -389,6 +389,7 @@ func (d *Driver) removeUnused(l *layer, s *staging, links []string) error {
 	d.volatile.drop(l.id)
 	for _, link := range links {
 		d.sizes.Delete(link)
+		d.known.forget(link)
 		if err := removeDangling(s.homefd, link); err != nil {
 			return err // the layer is gone; New reads in the trash which link to remove
 		}

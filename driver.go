@@ -301,6 +301,7 @@ func (d *Driver) Cleanup() error {
 	}
 	d.trash.wait()
 	d.handOver()
+	d.known.forgetAll()
 	return errors.Join(err, d.unbindHome())
 }
 

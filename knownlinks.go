@@ -4,27 +4,72 @@ package overlay2
 
 import (
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/bcc2decd/overlay2/internal/sys"
+	"golang.org/x/sys/unix"
 )
 
-// maxKnownLinks bounds the memory of knownLinks: some hundred bytes each.
-const maxKnownLinks = 1 << 14
+const (
+	// maxKnownLinks bounds the memory of knownLinks: some hundred bytes each.
+	maxKnownLinks = 1 << 14
+	// maxHeldDirs bounds the directories that knownLinks holds open.
+	maxHeldDirs = 1024
+	// settleTime is how old a time of change must be to tell of every later change: before Linux 6.13
+	// (multigrain timestamps) two changes within a tick, of 10 ms at most, have the same time.
+	settleTime = 50 * time.Millisecond
+)
 
 // knownLinks remembers which directory the link of a layer led to when it was last followed
-// strictly (see resolveLink). If the kernel, asked again, comes to the very same directory by
-// the link then nothing between the two has changed that matters: one call instead of three,
-// on each layer of each mount. A link that leads to any other directory, or to none, is
-// followed strictly again; so what is remembered saves time and decides nothing.
+// strictly (see resolveLink), so that the layers of each mount are checked by one call each. There
+// are two ways to know that nothing has changed that matters:
+//
+//   - The directory l/ is as it was, so the link still names that layer; and the layer's directory, which
+//     is held open, is as it was, so its diff is still the directory that it was. The latter is
+//     asked of a descriptor, without walking any name.
+//   - The kernel, asked by the link, comes to the very same directory.
+//
+// Whatever fails both is followed strictly again; so what is remembered saves time and decides nothing.
 type knownLinks struct {
-	mu sync.Mutex
-	m  map[string]knownLink // by link
+	mu   sync.Mutex
+	m    map[string]knownLink // by link
+	held int                  // entries of m that hold a directory
+	// l is how the directory l/ was last seen, and gen counts how often it was another.
+	l   sys.DirState
+	gen uint64
 }
 
 type knownLink struct {
 	id   string
 	name sys.Name // the link, as the kernel wants it
 	diff sys.Ident
+	dir  *heldDir
+	// gen is knownLinks.gen when the link was last followed with l/ settled, 0 if never.
+	gen uint64
+}
+
+// heldDir is the directory of a layer, held open.
+type heldDir struct {
+	fd   int // O_PATH
+	refs atomic.Int32
+	// state is how it was when its diff was found to be that of the link.
+	state sys.DirState
+}
+
+func (h *heldDir) unref() {
+	if h != nil && h.refs.Add(-1) == 0 {
+		_ = sys.Close(h.fd) // O_PATH: nothing can be lost
+	}
+}
+
+// unchanged reports whether the directory is as it was. It is false for nil.
+func (h *heldDir) unchanged() bool {
+	if h == nil {
+		return false
+	}
+	now, err := sys.StateFd(h.fd)
+	return err == nil && now == h.state
 }
 
 // still reports whether the link leads where it did. lfd is l/, open.
@@ -36,30 +81,83 @@ func (l *knownLink) still(lfd int) bool {
 	return err == nil && now.Same(l.diff)
 }
 
-// lookup returns what is known of each link, an empty knownLink if nothing is.
+// lookup returns what is known of each link, an empty knownLink if nothing is. The caller unrefs the
+// directories.
 func (k *knownLinks) lookup(links []string) []knownLink {
 	known := make([]knownLink, len(links))
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for i, link := range links {
 		known[i] = k.m[link]
+		if known[i].dir != nil {
+			known[i].dir.refs.Add(1)
+		}
 	}
 	return known
 }
 
+// add remembers a link, with a reference of its own to the directory.
 func (k *knownLinks) add(link string, l knownLink) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.m == nil || len(k.m) >= maxKnownLinks {
-		k.m = make(map[string]knownLink)
+	if k.m == nil || len(k.m) >= maxKnownLinks || k.held >= maxHeldDirs {
+		k.clear()
+	}
+	k.drop(link)
+	if l.dir != nil {
+		l.dir.refs.Add(1)
+		k.held++
 	}
 	k.m[link] = l
 }
 
+// forget is called when a link leads nowhere any more.
 func (k *knownLinks) forget(link string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	delete(k.m, link)
+	k.drop(link)
+}
+
+// forgetAll closes all that is held.
+func (k *knownLinks) forgetAll() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.clear()
+}
+
+// drop removes an entry. mu is held.
+func (k *knownLinks) drop(link string) {
+	if l, ok := k.m[link]; ok {
+		if l.dir != nil {
+			k.held--
+			l.dir.unref()
+		}
+		delete(k.m, link)
+	}
+}
+
+// clear removes all entries. mu is held.
+func (k *knownLinks) clear() {
+	for _, l := range k.m {
+		l.dir.unref()
+	}
+	k.m, k.held = make(map[string]knownLink), 0
+}
+
+// generation returns a number that is the same as long as l/ is, 0 if that cannot be told.
+func (k *knownLinks) generation(lfd int) uint64 {
+	now := time.Now()
+	state, err := sys.StateFd(lfd)
+	if err != nil || !state.SettledAt(now, settleTime) {
+		return 0
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if state != k.l {
+		k.l = state
+		k.gen++
+	}
+	return k.gen
 }
 
 // resolve returns the layer ID that each link of a chain stands for, as the function resolve does.
@@ -67,50 +165,31 @@ func (d *Driver) resolve(links []string) ([]string, error) {
 	if len(links) == 0 {
 		return nil, nil
 	}
-	known := d.known.lookup(links)
-	if err := d.follow(links, known); err != nil {
+	c, err := d.openChain(links)
+	if err != nil {
 		return nil, err
 	}
-	ids := make([]string, len(known))
-	for i := range known {
-		ids[i] = known[i].id
+	defer c.close()
+	ids := make([]string, len(links))
+	for i := range links {
+		if err := c.check(i); err != nil {
+			return nil, err
+		}
+		ids[i] = c.known[i].id
 	}
 	return ids, nil
-}
-
-// follow follows those links strictly that do not lead where they did, and puts into known
-// where they lead.
-func (d *Driver) follow(links []string, known []knownLink) error {
-	homefd, err := sys.OpenRoot(d.home)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = sys.Close(homefd) }()
-	lfd, err := sys.OpenDirat(homefd, linkDir)
-	if err != nil {
-		return corrupt("%s: %w", linkDir, err)
-	}
-	defer func() { _ = sys.Close(lfd) }()
-	for i, link := range links {
-		if known[i].still(lfd) {
-			continue
-		}
-		if known[i], err = resolveLink(homefd, lfd, link); err != nil {
-			d.known.forget(link)
-			return err
-		}
-		d.known.add(link, known[i])
-	}
-	return nil
 }
 
 // chain is a layer's link and those below it, as a mount needs them: each is checked just
 // before the kernel follows it, while what that takes is at hand in the processor's caches.
 type chain struct {
 	d     *Driver
-	lfd   int // l/, open
+	lfd   int    // l/, open
+	gen   uint64 // see knownLinks.generation
 	links []string
 	known []knownLink
+	// checked says that all have been, a moment ago, when one way to mount was looked at before another.
+	checked bool
 }
 
 // openChain takes up the links. The caller closes it.
@@ -119,15 +198,99 @@ func (d *Driver) openChain(links []string) (*chain, error) {
 	if err != nil {
 		return nil, corrupt("%s: %w", linkDir, err)
 	}
-	return &chain{d: d, lfd: lfd, links: links, known: d.known.lookup(links)}, nil
+	return &chain{d: d, lfd: lfd, gen: d.known.generation(lfd), links: links, known: d.known.lookup(links)}, nil
 }
 
-func (c *chain) close() { _ = sys.Close(c.lfd) }
+func (c *chain) close() {
+	_ = sys.Close(c.lfd) // opened for reading: nothing can be lost
+	for i := range c.known {
+		c.known[i].dir.unref()
+	}
+}
 
 // check checks one link.
 func (c *chain) check(i int) error {
-	if c.known[i].still(c.lfd) {
+	k := &c.known[i]
+	unchanged := k.dir.unchanged()
+	if unchanged && c.gen != 0 && k.gen == c.gen {
 		return nil
 	}
-	return c.d.follow(c.links[i:i+1], c.known[i:i+1])
+	if k.still(c.lfd) {
+		if c.gen != 0 && i > 0 {
+			c.hold(i, unchanged)
+		}
+		return nil
+	}
+	return c.follow(i)
+}
+
+// follow follows one link strictly.
+func (c *chain) follow(i int) error {
+	homefd, err := sys.OpenDirat(c.lfd, "..")
+	if err != nil {
+		return err
+	}
+	defer func() { _ = sys.Close(homefd) }()
+	c.known[i].dir.unref()
+	if c.known[i], err = resolveLink(homefd, c.lfd, c.links[i]); err != nil {
+		c.d.known.forget(c.links[i])
+		return err
+	}
+	c.d.known.add(c.links[i], c.known[i])
+	return nil
+}
+
+// hold remembers that the link was followed with l/ as it is, and holds the layer's directory open
+// if it does not yet. What does not succeed costs time only.
+func (c *chain) hold(i int, unchanged bool) {
+	k := &c.known[i]
+	if !unchanged {
+		k.dir.unref()
+		k.dir = c.openDir(k)
+		if k.dir == nil {
+			return
+		}
+	}
+	k.gen = c.gen
+	c.d.known.add(c.links[i], *k)
+}
+
+// openDir opens the directory of a layer, nil if it has changed just now. That diff in it is the one
+// that the link leads to is found out after its state was.
+func (c *chain) openDir(k *knownLink) *heldDir {
+	now := time.Now()
+	fd, err := sys.Openat(c.lfd, "../"+k.id, unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return nil
+	}
+	h := &heldDir{fd: fd}
+	h.refs.Store(1)
+	h.state, err = sys.StateFd(fd)
+	if err == nil && h.state.SettledAt(now, settleTime) && k.still(c.lfd) {
+		diff, err := sys.IdentDir(fd, sys.MakeName(diffName))
+		if err == nil && diff.Same(k.diff) && sys.IsDirat(fd, diffName) == nil {
+			return h
+		}
+	}
+	h.unref()
+	return nil
+}
+
+// held returns host paths of the diffs of the layers from the first on that need hardly a walk: beneath
+// the descriptors that are held. They are nil unless all are, and good until close. The links are
+// checked. The layer at the top is not held, as each Get and Put changes its directory.
+func (c *chain) held(first int) []string {
+	names := make([]string, 0, len(c.known)-first)
+	if first == 0 {
+		names = append(names, sys.ProcPath(c.lfd)+"/"+c.links[0])
+		first++
+	}
+	for i := first; i < len(c.known); i++ {
+		h := c.known[i].dir
+		if h == nil {
+			return nil
+		}
+		names = append(names, sys.ProcPath(h.fd)+"/"+diffName)
+	}
+	return names
 }

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	"github.com/bcc2decd/overlay2/internal/sys"
@@ -247,29 +248,87 @@ func TestKnownLinks(t *testing.T) {
 		"diff file":    func(t *testing.T, home string) { swapDir(t, home+"/base/diff", fileAt) },
 		"diff symlink": func(t *testing.T, home string) { swapDir(t, home+"/base/diff", symlink("/etc")) },
 		"parent gone":  func(t *testing.T, home string) { must(t, os.Rename(home+"/base", home+"/gone")) },
+		"home renewed": func(t *testing.T, home string) {
+			overlaytest.CopyTree(t, home, home+".copy")
+			must(t, os.RemoveAll(home))
+			must(t, os.Rename(home+".copy", home))
+			must(t, os.RemoveAll(home+"/base/diff"))
+		},
 	} {
-		t.Run(name, func(t *testing.T) {
-			overlaytest.Require(t, "root", "overlay")
-			overlaytest.NoLeaks(t)
-			d, err := New(t.TempDir(), Options{})
-			must(t, err)
-			t.Cleanup(func() { must(t, d.Cleanup()) })
-			must(t, d.Create("base", "", nil))
-			must(t, d.Create("other", "", nil))
-			must(t, os.Mkdir(d.home+"/other/diff2", 0o755))
-			must(t, d.CreateReadWrite("box", "base", nil))
-			for range 2 {
-				_, put := get(t, d, "box")
-				put()
+		for _, held := range []string{"", ", held"} {
+			t.Run(name+held, func(t *testing.T) { testKnownLinks(t, held, tamper) })
+		}
+	}
+}
+
+// settle gets a layer often enough for those below it to be held open.
+func settle(t *testing.T, d *Driver, id string) {
+	t.Helper()
+	for range 2 {
+		time.Sleep(2 * settleTime)
+		_, put := get(t, d, id)
+		put()
+	}
+}
+
+func testKnownLinks(t *testing.T, held string, tamper func(t *testing.T, home string)) {
+	overlaytest.Require(t, "root", "overlay")
+	overlaytest.NoLeaks(t)
+	d, err := New(filepath.Join(t.TempDir(), "home"), Options{})
+	must(t, err)
+	t.Cleanup(func() { must(t, d.Cleanup()) })
+	must(t, d.Create("base", "", nil))
+	must(t, d.Create("other", "", nil))
+	must(t, os.Mkdir(d.home+"/other/diff2", 0o755))
+	must(t, d.CreateReadWrite("box", "base", nil))
+	for range 2 {
+		_, put := get(t, d, "box")
+		put()
+	}
+	if held != "" {
+		settle(t, d, "box")
+		if d.known.held != 1 {
+			t.Fatalf("%d directories are held", d.known.held)
+		}
+	}
+	if len(d.known.m) != 2 {
+		t.Fatalf("%d links are known", len(d.known.m))
+	}
+	tamper(t, d.home)
+	_, err = d.Get("box", "")
+	wantErr(t, err, ErrCorrupt)
+	if len(d.known.m) != 1 {
+		t.Errorf("%d links are known after that", len(d.known.m))
+	}
+}
+
+// TestHeldDirs: with directories held open too many layers for a page by their names are mounted by the kernel's
+// quickest way; what is mounted is the same; and a layer that others remove is not kept from going.
+func TestHeldDirs(t *testing.T) {
+	for _, depth := range []int{100, 200} {
+		t.Run(fmt.Sprint(depth), func(t *testing.T) {
+			d := newTestDriver(t, filepath.Join(t.TempDir(), strings.Repeat("h", 100)), Options{})
+			parent := ""
+			for i := range depth {
+				id := fmt.Sprintf("layer%d", i)
+				must(t, d.Create(id, parent, nil))
+				must(t, os.WriteFile(filepath.Join(d.home, id, "diff", fmt.Sprint(i)), nil, 0o600))
+				parent = id
 			}
-			if len(d.known.m) != 2 {
-				t.Fatalf("%d links are known", len(d.known.m))
+			must(t, d.CreateReadWrite("box", parent, nil))
+			want := tree(t, d, "box", overlaytest.NoRootTime)
+			settle(t, d, "box")
+			if d.known.held != depth {
+				t.Errorf("%d directories are held", d.known.held)
 			}
-			tamper(t, d.home)
-			_, err = d.Get("box", "")
-			wantErr(t, err, ErrCorrupt)
-			if len(d.known.m) != 1 {
-				t.Errorf("%d links are known after that", len(d.known.m))
+			overlaytest.Compare(t, want, tree(t, d, "box", overlaytest.NoRootTime))
+			// A committed layer too.
+			must(t, d.Create("end", "box", nil))
+			settle(t, d, "box")
+			overlaytest.Compare(t, want, tree(t, d, "box", overlaytest.NoRootTime))
+			must(t, errors.Join(d.Remove("end"), d.Remove("box"), d.Remove(parent)))
+			if d.known.held != depth-1 {
+				t.Errorf("%d directories are held", d.known.held)
 			}
 		})
 	}
@@ -284,6 +343,7 @@ func TestKnownLinksReplaced(t *testing.T) {
 	must(t, d.CreateReadWrite("box", "base", nil))
 	_, put := get(t, d, "box")
 	put()
+	settle(t, d, "box")
 	swapDir(t, d.home+"/base/diff", directory)
 	must(t, os.WriteFile(d.home+"/base/diff/new", nil, 0o600))
 	path, put := get(t, d, "box")

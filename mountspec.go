@@ -22,6 +22,8 @@ type mountSpec struct {
 	work    string
 	options []string
 	label   string
+	// held, if set, are host paths for lowers that take no walk; see chain.held.
+	held []string
 	// chain are the layers, that of upper first if there is one; its first is checked. Nil if
 	// the names are no links.
 	chain *chain
@@ -37,6 +39,10 @@ func (s mountSpec) data(prefix string) string {
 	for i, lower := range s.lowers {
 		if i > 0 {
 			b.WriteByte(':')
+		}
+		if s.held != nil {
+			b.WriteString(s.held[i])
+			continue
 		}
 		b.WriteString(prefix)
 		b.WriteString(s.dir)
@@ -54,7 +60,7 @@ func (s mountSpec) data(prefix string) string {
 
 // fitting returns data(prefix), and whether that is no more than room bytes.
 func (s mountSpec) fitting(prefix string, room int) (data string, ok bool) {
-	if len(s.lowers)*(len(prefix)+1) > room {
+	if s.held == nil && len(s.lowers)*(len(prefix)+1) > room {
 		return "", false
 	}
 	data = s.data(prefix)
@@ -74,12 +80,25 @@ func (s mountSpec) check(i int) error {
 
 // checkAll checks all of them.
 func (s mountSpec) checkAll() error {
+	if s.chain == nil || s.chain.checked {
+		return nil
+	}
 	for i := range s.lowers {
 		if err := s.check(i); err != nil {
 			return err
 		}
 	}
+	s.chain.checked = true
 	return nil
+}
+
+// hold lets the lower layers, which are checked, be named by open directories, if the chain has all of them.
+func (s *mountSpec) hold() bool {
+	if s.chain == nil {
+		return false
+	}
+	s.held = s.chain.held(len(s.chain.links) - len(s.lowers))
+	return s.held != nil
 }
 
 // dirs puts the directories that the links lead to in their place.

@@ -15,8 +15,10 @@ import (
 type MountMethod uint8
 
 const (
-	// MountAuto takes the quickest way that can mount the layer at hand: MountLegacy where its
-	// names fit into a page, beyond that MountNewAPI or, on a kernel without it, MountDescriptors.
+	// MountAuto takes the quickest way that can mount the layer at hand: mount(2) with names where they
+	// fit into a page, so that /proc/self/mountinfo shows them; beyond that mount(2) with directories that
+	// the Driver holds open (some 160 fit, shown as /proc/self/fd/N/diff), then MountNewAPI or, on a
+	// kernel without it, MountDescriptors.
 	MountAuto MountMethod = iota
 	// MountLegacy takes mount(2) with names: 128 layers with pages of 4 KiB, as Docker.
 	MountLegacy

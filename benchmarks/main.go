@@ -138,7 +138,7 @@ func measureAll(ctx context.Context, o *options) (rep *report, err error) {
 	}
 	b := &bench{
 		ctx: ctx, results: newResults(ctx), log: log,
-		depths: []int{1, 16, 64, 127, 500}, layers: []int{10, 10_000}, cycles: 20,
+		depths: []int{1, 16, 64, 127, 500}, layers: []int{10, 10_000, 100_000}, cycles: 20,
 	}
 	if o.quick {
 		b.layers = []int{10, 1000}
@@ -246,13 +246,20 @@ func (b *bench) onFS(o *options, fs string, sets []*dataset) error {
 	}
 	parts = append(parts, part{nil, mountScenario()})
 	for _, n := range b.layers {
+		if n > manyLayers && fs != "tmpfs" {
+			continue
+		}
 		parts = append(parts, part{nil, newScenario(n)})
 	}
 	for _, p := range parts {
 		if !wants(o.rows, p.sc.name) {
 			continue
 		}
-		if err := b.each(fs, p.data, p.sc, o.reps); err != nil {
+		reps := o.reps
+		if p.sc.once {
+			reps = 1
+		}
+		if err := b.each(fs, p.data, p.sc, reps); err != nil {
 			return err
 		}
 	}

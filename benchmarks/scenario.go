@@ -54,7 +54,12 @@ type scenario struct {
 	// row is the row that a failure is told in.
 	row string
 	run func(*sample) error
+	// once is for what takes long to prepare, and measures several times by itself.
+	once bool
 }
+
+// manyLayers is the number from which on a home takes long to fill.
+const manyLayers = 50_000
 
 // each runs a scenario reps times for each system: A B C, B C A, C A B, ...
 func (b *bench) each(fs string, data *dataset, sc scenario, reps int) error {
@@ -393,7 +398,7 @@ func (s *sample) mixed() error {
 // newScenario opens a home with many layers in it, in a new process each time.
 func newScenario(layers int) scenario {
 	row := rowNew(layers)
-	return scenario{name: "new", row: row, run: func(s *sample) error {
+	return scenario{name: "new", row: row, once: layers > manyLayers, run: func(s *sample) error {
 		if s.sys.role == tool || s.sys.role == limits {
 			return nil
 		}

@@ -2,6 +2,7 @@ package sys
 
 import (
 	"runtime"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -64,4 +65,30 @@ func identOf(x *unix.Statx_t) (Ident, error) {
 		birth: x.Btime.Sec, birthNsec: x.Btime.Nsec,
 		comparable: x.Mask&unix.STATX_BTIME != 0 && x.Mask&unix.STATX_INO != 0,
 	}, nil
+}
+
+// DirState tells whether anything in a directory may have changed: names in it, its own metadata, its
+// own name, or that it was removed.
+type DirState struct {
+	dev, ino  uint64
+	ctime     int64
+	ctimeNsec uint32
+}
+
+// StateFd returns the state of an open directory, O_PATH too. One that was removed is ENOENT.
+func StateFd(fd int) (DirState, error) {
+	var st unix.Stat_t
+	if err := Fstat(fd, &st); err != nil {
+		return DirState{}, err
+	}
+	if st.Nlink == 0 {
+		return DirState{}, unix.ENOENT
+	}
+	return DirState{dev: uint64(st.Dev), ino: st.Ino, ctime: int64(st.Ctim.Sec), ctimeNsec: uint32(st.Ctim.Nsec)}, nil
+}
+
+// SettledAt reports whether the last change was at least d before now, a time before StateFd was called: then
+// the next one will be seen, however coarse the filesystem's clock is.
+func (s DirState) SettledAt(now time.Time, d time.Duration) bool {
+	return now.Sub(time.Unix(s.ctime, int64(s.ctimeNsec))) > d
 }
