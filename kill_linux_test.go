@@ -99,7 +99,7 @@ func TestKill(t *testing.T) {
 	overlaytest.Require(t, "root", "overlay")
 	exe, err := os.Executable()
 	must(t, err)
-	home := overlaytest.MountFS(t, overlaytest.FS{Name: "ext4"})
+	home := overlaytest.MountFS(t, overlaytest.FS{Name: "ext4", Size: 4 << 30})
 	done := map[string]string{} // the last thing known of a layer
 	for round := range cuts(t, 30) {
 		name := fmt.Sprintf("k%d", round)
