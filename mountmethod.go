@@ -69,7 +69,8 @@ func (s mountSpec) mount(target string, method MountMethod, f facts) error {
 		}
 		return sys.MountOverlay(s.home+"/"+target, data, 0)
 	}
-	if method == MountAuto {
+	// A kernel too old for both other ways was not asked whether it takes such names.
+	if method == MountAuto && (f.newAPI == yes || f.descriptors == yes) {
 		if mounted, err := s.mountHeld(target); mounted || err != nil {
 			return err
 		}
