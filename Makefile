@@ -73,6 +73,10 @@ test-faults: ## let each system call of each call fail with each of five errors:
 fuzz-quick: ## run every fuzz test for FUZZTIME (20s)
 	@scripts/fuzz.sh $(FUZZTIME)
 
+.PHONY: test-scale
+test-scale: ## 5 million entries, a million names in a directory, 10 GiB in a file: needs 25 GB in TMPDIR, 15 minutes
+	OVERLAY2_TEST_SCALE=1 $(GO) test -v -timeout 60m -run '^TestScale$$' ./archive
+
 .PHONY: test-vm
 test-vm: ## test in guests with Linux 6.1 and 6.12: project quotas on xfs and ext4 (VMFLAGS='-pkg quota -v')
 	$(GO) run ./internal/vmtest $(VMFLAGS)
