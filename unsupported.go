@@ -103,6 +103,18 @@ func (d *Driver) Diff(id, _ string) (io.ReadCloser, error) {
 	return nil, layerErr("diff", id, ErrNotSupported)
 }
 
+// Files opens files of a layer. There are none but on Linux.
+type Files struct{}
+
+// Files returns ErrNotSupported.
+func (d *Driver) Files(id string) (*Files, error) { return nil, layerErr("files", id, ErrNotSupported) }
+
+// Open returns ErrNotSupported.
+func (f *Files) Open(string) (io.ReadCloser, error) { return nil, ErrNotSupported }
+
+// Close does nothing.
+func (f *Files) Close() error { return nil }
+
 // DiffSize returns ErrNotSupported.
 func (d *Driver) DiffSize(id, _ string) (int64, error) {
 	return 0, layerErr("size", id, ErrNotSupported)

@@ -4,7 +4,9 @@ import (
 	"errors"
 	"io"
 	"os"
+	"path"
 	"strings"
+	"sync"
 
 	"github.com/bcc2decd/overlay2/internal/sys"
 	"golang.org/x/sys/unix"
@@ -15,24 +17,96 @@ const maxSymlinks = 40
 
 // OpenFile opens the content of a regular file of the layer in dir, a trusted host path,
 // by its name in the layer's tar: what tar-split needs to put an exact tar together again,
-// without a mount.
+// without a mount. For many files of one layer, see OpenFiles.
 //
 // The name is looked up in what the layer shows over opts.Lowers, so that a name which
 // went through a symlink of a lower layer, or below a renamed directory, is found. Symlinks among
 // its parents are followed within the layers, as if their root were "/"; one at its end is
 // ELOOP. What is no regular file is fs.ErrNotExist. Errors are *EntryError.
 func OpenFile(dir, name string, opts ReadOptions) (io.ReadCloser, error) {
-	root, err := openLowers(append([]string{dir}, opts.Lowers...), opts.Format)
+	files, err := OpenFiles(dir, opts)
 	if err != nil {
 		return nil, &EntryError{Op: "open", Name: name, Err: err}
 	}
-	r := resolution{dirs: []*mergedDir{root}}
-	defer r.close()
-	fd, err := r.open(name)
+	f, err := files.Open(name)
+	return f, errors.Join(err, files.Close())
+}
+
+// Files opens files of a layer by their names in its tar. It may be used by several goroutines.
+type Files struct {
+	mu   sync.Mutex // a mergedDir is not for concurrent use
+	root *mergedDir // nil when closed
+}
+
+// OpenFiles opens the layer in dir for OpenFile of many of its files. Close it.
+func OpenFiles(dir string, opts ReadOptions) (*Files, error) {
+	root, err := openLowers(append([]string{dir}, opts.Lowers...), opts.Format)
+	if err != nil {
+		return nil, err
+	}
+	return &Files{root: root}, nil
+}
+
+// Open opens one file, as OpenFile does. What it returns lives on after Close.
+func (f *Files) Open(name string) (io.ReadCloser, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.root == nil {
+		return nil, &EntryError{Op: "open", Name: name, Err: os.ErrClosed}
+	}
+	fd, err := f.root.openOwn(name)
+	if err != nil {
+		r := resolution{dirs: []*mergedDir{f.root}}
+		fd, err = r.open(name)
+		r.up(0)
+	}
 	if err != nil {
 		return nil, &EntryError{Op: "open", Name: name, Err: err}
 	}
 	return os.NewFile(uintptr(fd), name), nil
+}
+
+// Close closes the layer. More than one call is harmless.
+func (f *Files) Close() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.root.close()
+	f.root = nil
+	return nil
+}
+
+// openOwn opens a file that the nearest layer has at just this path, with its content: almost all of them.
+// An error says only that it must be looked for.
+func (d *mergedDir) openOwn(name string) (int, error) {
+	dirfd := d.parts[0].fd
+	dir, base := path.Split(strings.TrimPrefix(name, "./"))
+	if dir != "" {
+		parent, err := sys.OpenBeneath(dirfd, strings.TrimSuffix(dir, "/"))
+		if err != nil {
+			return -1, err
+		}
+		defer func() { _ = sys.Close(parent) }() // O_PATH: nothing can be lost
+		dirfd = parent
+	}
+	var st unix.Stat_t
+	if err := sys.Fstatat(dirfd, base, &st); err != nil {
+		return -1, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return -1, unix.ENOENT // a device is never opened
+	}
+	fd, err := sys.Openat(dirfd, base, unix.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return -1, err
+	}
+	marks, err := readMarks(fd, d.chain.format)
+	if err == nil && (marks.metacopy || marks.whiteout) {
+		err = unix.ENODATA
+	}
+	if err != nil {
+		return -1, errors.Join(err, sys.Close(fd))
+	}
+	return fd, nil
 }
 
 // resolution follows one name through a merged view.
@@ -41,11 +115,6 @@ type resolution struct {
 	dirs []*mergedDir
 	// links is the number of symlinks followed.
 	links int
-}
-
-func (r *resolution) close() {
-	r.up(0)
-	r.dirs[0].close()
 }
 
 // up goes back to the directory at depth, 0 is the root.

@@ -36,6 +36,18 @@ func Usage(context.Context, string) (Stats, error) {
 	return Stats{}, errors.ErrUnsupported
 }
 
+// Files opens files of a layer. There are none but on Linux.
+type Files struct{}
+
+// OpenFiles is for Linux only.
+func OpenFiles(string, ReadOptions) (*Files, error) { return nil, errors.ErrUnsupported }
+
+// Open is for Linux only.
+func (f *Files) Open(string) (io.ReadCloser, error) { return nil, errors.ErrUnsupported }
+
+// Close does nothing.
+func (f *Files) Close() error { return nil }
+
 // OpenFile is for Linux only.
 func OpenFile(string, string, ReadOptions) (io.ReadCloser, error) {
 	return nil, errors.ErrUnsupported
