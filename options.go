@@ -172,6 +172,15 @@ func parseStorageOpt(opts *CreateOpts, defaults limits) (limits, error) {
 	return l, nil
 }
 
+// parseResize reads the options of Resize; limits that stay are 0.
+func parseResize(storageOpt map[string]string) (limits, error) {
+	l, err := parseStorageOpt(&CreateOpts{StorageOpt: storageOpt}, limits{})
+	if err == nil && l == (limits{}) {
+		err = fmt.Errorf("%w: neither size nor inodes is given", ErrInvalidOption)
+	}
+	return l, err
+}
+
 // parseSize reads a size with an optional unit of 1024.
 func parseSize(s string) (uint64, error) {
 	n, err := units.RAMInBytes(strings.TrimSpace(s))

@@ -125,6 +125,14 @@ func (d *Driver) Usage(id string) (Usage, error) {
 	return Usage{}, layerErr("usage", id, ErrNotSupported)
 }
 
+// Resize returns ErrNotSupported, or what is wrong with the options.
+func (d *Driver) Resize(id string, storageOpt map[string]string) error {
+	if _, err := parseResize(storageOpt); err != nil {
+		return layerErr("resize", id, err)
+	}
+	return layerErr("resize", id, ErrNotSupported)
+}
+
 // Changes returns ErrNotSupported.
 func (d *Driver) Changes(id, _ string) ([]archive.Change, error) {
 	return nil, layerErr("changes", id, ErrNotSupported)
