@@ -180,6 +180,9 @@ func (d *Driver) openHome() (err error) {
 	if err != nil {
 		return err
 	}
+	if !d.facts.fineTimes {
+		d.known.settle = settleTime
+	}
 	if err := d.facts.checkMethod(d.opts.MountMethod); err != nil {
 		return err
 	}

@@ -144,7 +144,7 @@ func (w *faultsWorker) fault(t *testing.T, at int64, errno unix.Errno) bool {
 		must(t, d.Cleanup())
 	}
 	incomplete := w.step.incomplete
-	fds, mounts := openFDs(t), mountCount(t)
+	fds, mounts := openFDs(t), mountCount(t, w.s.home)
 	d, err := New(w.s.home, quietOptions(w.step.mode))
 	if w.step.opens {
 		must(t, w.reopen(t, d))
@@ -243,7 +243,7 @@ func (w *faultsWorker) checkError(t *testing.T, err error, errno unix.Errno, wha
 func (w *faultsWorker) wantNoMore(t *testing.T, fds []string, mounts int) {
 	t.Helper()
 	for deadline := time.Now().Add(6 * time.Second); ; time.Sleep(time.Millisecond) {
-		now, mounted := openFDs(t), mountCount(t)
+		now, mounted := openFDs(t), mountCount(t, w.s.home)
 		if len(now) <= len(fds) && mounted <= mounts {
 			return
 		}
@@ -268,9 +268,10 @@ func openFDs(t *testing.T) []string {
 	return slices.Sorted(maps.Values(fds))
 }
 
-func mountCount(t *testing.T) int {
+// mountCount counts the mounts below home: other tests mount elsewhere meanwhile.
+func mountCount(t *testing.T, home string) int {
 	t.Helper()
-	mounts, err := mountinfo.GetMounts(nil)
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(home))
 	must(t, err)
 	return len(mounts)
 }

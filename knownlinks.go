@@ -38,6 +38,8 @@ type knownLinks struct {
 	// l is how the directory l/ was last seen, and gen counts how often it was another.
 	l   sys.DirState
 	gen uint64
+	// settle is settleTime, or 0 where each change has a time of its own. Immutable after New.
+	settle time.Duration
 }
 
 type knownLink struct {
@@ -148,7 +150,7 @@ func (k *knownLinks) clear() {
 func (k *knownLinks) generation(lfd int) uint64 {
 	now := time.Now()
 	state, err := sys.StateFd(lfd)
-	if err != nil || !state.SettledAt(now, settleTime) {
+	if err != nil || !state.SettledAt(now, k.settle) {
 		return 0
 	}
 	k.mu.Lock()
@@ -266,7 +268,7 @@ func (c *chain) openDir(k *knownLink) *heldDir {
 	h := &heldDir{fd: fd}
 	h.refs.Store(1)
 	h.state, err = sys.StateFd(fd)
-	if err == nil && h.state.SettledAt(now, settleTime) && k.still(c.lfd) {
+	if err == nil && h.state.SettledAt(now, c.d.known.settle) && k.still(c.lfd) {
 		diff, err := sys.IdentDir(fd, sys.MakeName(diffName))
 		if err == nil && diff.Same(k.diff) && sys.IsDirat(fd, diffName) == nil {
 			return h

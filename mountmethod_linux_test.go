@@ -255,7 +255,7 @@ func TestKnownLinks(t *testing.T) {
 			must(t, os.RemoveAll(home+"/base/diff"))
 		},
 	} {
-		for _, held := range []string{"", ", held"} {
+		for _, held := range []string{"", ", held", ", held, coarse times"} {
 			t.Run(name+held, func(t *testing.T) { testKnownLinks(t, held, tamper) })
 		}
 	}
@@ -277,6 +277,9 @@ func testKnownLinks(t *testing.T, held string, tamper func(t *testing.T, home st
 	d, err := New(filepath.Join(t.TempDir(), "home"), Options{})
 	must(t, err)
 	t.Cleanup(func() { must(t, d.Cleanup()) })
+	if strings.HasSuffix(held, "coarse times") {
+		d.known.settle = settleTime
+	}
 	must(t, d.Create("base", "", nil))
 	must(t, d.Create("other", "", nil))
 	must(t, os.Mkdir(d.home+"/other/diff2", 0o755))

@@ -64,6 +64,8 @@ type facts struct {
 	redirectDir answer
 	// metacopy: a change of metadata copies no data up (4.19, commit d5791044d2e5).
 	metacopy answer
+	// fineTimes: each change of a directory has a time of its own (6.13, multigrain timestamps).
+	fineTimes bool
 	// newAPI: layers are taken one by one, by name (lowerdir+ of fsconfig: 6.7, commit 24e16e385f22).
 	newAPI    answer
 	newAPIErr error // why not
@@ -271,13 +273,16 @@ func (f *facts) checkUserOptions(options []string) error {
 	return nil
 }
 
-// probeDType looks for the types of the directories that lie in tmp.
+// probeDType looks for the types of the directories that lie in tmp, and at how times change there.
 func (f *facts) probeDType(tmp string) error {
 	fd, err := sys.OpenRoot(tmp)
 	if err != nil {
 		return err
 	}
 	known, err := sys.HasDType(fd)
+	if err == nil {
+		f.fineTimes, err = sys.HasFineTimes(fd, "times")
+	}
 	if err := errors.Join(err, sys.Close(fd)); err != nil {
 		return err
 	}

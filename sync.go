@@ -179,8 +179,12 @@ func (d *Driver) distrust(batches []*batch) error {
 	return err
 }
 
-// again keeps batches for another try if it is not the disk that failed but, say, descriptors that ran out.
-func (d *Driver) again(batches []*batch) bool {
+// again keeps batches for another try if it is not the disk that failed but descriptors or memory that ran
+// out. What a dead disk has would be kept open for ever, and the filesystem busy.
+func (d *Driver) again(batches []*batch, err error) bool {
+	if !errors.Is(err, unix.EMFILE) && !errors.Is(err, unix.ENFILE) && !errors.Is(err, unix.ENOMEM) {
+		return false
+	}
 	d.syncer.mu.Lock()
 	defer d.syncer.mu.Unlock()
 	if d.syncer.err != nil {
@@ -213,7 +217,7 @@ func (d *Driver) flush() error {
 	if err == nil {
 		err = ignoreAbsent(d.syncBatches(batches)) // a home that is gone needs it no more
 	}
-	if err != nil && d.again(batches) {
+	if err != nil && d.again(batches, err) {
 		return err
 	}
 	if err != nil {

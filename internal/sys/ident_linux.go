@@ -88,7 +88,36 @@ func StateFd(fd int) (DirState, error) {
 }
 
 // SettledAt reports whether the last change was at least d before now, a time before StateFd was called: then
-// the next one will be seen, however coarse the filesystem's clock is.
+// the next one will be seen, however coarse the filesystem's clock is. A d of 0 is for one that is not.
 func (s DirState) SettledAt(now time.Time, d time.Duration) bool {
-	return now.Sub(time.Unix(s.ctime, int64(s.ctimeNsec))) > d
+	return d == 0 || now.Sub(time.Unix(s.ctime, int64(s.ctimeNsec))) > d
+}
+
+// HasFineTimes reports whether each change of a directory that was looked at gives it another time of change:
+// multigrain timestamps (6.13). Before, changes within a tick have the same. It makes and removes name in the
+// open directory fd.
+func HasFineTimes(fd int, name string) (bool, error) {
+	before, err := StateFd(fd)
+	if err != nil {
+		return false, err
+	}
+	for range 3 { // a tick may fall in between once, or twice
+		for _, change := range []func() error{
+			func() error { return MkdiratMasked(fd, name, 0o700) },
+			func() error { return Unlinkat(fd, name, unix.AT_REMOVEDIR) },
+		} {
+			if err := change(); err != nil {
+				return false, err
+			}
+			now, err := StateFd(fd)
+			if err != nil {
+				return false, err
+			}
+			if now == before {
+				return false, ignoreGone(Unlinkat(fd, name, unix.AT_REMOVEDIR))
+			}
+			before = now
+		}
+	}
+	return true, nil
 }
