@@ -57,7 +57,7 @@ func TestKillStepsWorker(t *testing.T) {
 		}
 		armed.Store(false)
 		must(t, err)
-		fmt.Printf("\ncalls %d\n", calls.Load())
+		fmt.Fprintf(os.Stdout, "\ncalls %d\n", calls.Load())
 	}
 }
 
