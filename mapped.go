@@ -36,16 +36,19 @@ const (
 // mapping is how mounts with mapped owners are made here, found out when it is first asked for:
 // that starts a process.
 func (d *Driver) mapping() (mappedBy, error) {
-	d.mappedOnce.Do(func() { d.mapped, d.mappedErr = d.probeMapped() })
+	d.mappedOnce.Do(func() { d.mapped, d.mappedErr = d.probeMapped(mappedFD, mappedAttached) })
 	return d.mapped, d.mappedErr
 }
 
-// probeMapped tries both ways with layers of its own.
-func (d *Driver) probeMapped() (by mappedBy, err error) {
+// probeCover is what mappedNames covers when it mounts the probe: none of its layers.
+const probeCover = "cover"
+
+// probeMapped returns the first of the ways that works with layers of its own.
+func (d *Driver) probeMapped(ways ...mappedBy) (by mappedBy, err error) {
 	name := "probe-" + rand.Text()
 	staging := filepath.Join(d.home, stagingDir)
 	tmp := filepath.Join(staging, name)
-	for _, dir := range []string{"l1/diff", "l2/diff", "up/diff/sub", "up/work"} {
+	for _, dir := range []string{"l1/diff", "l2/diff", "up/diff/sub", "up/work", probeCover} {
 		if err := os.MkdirAll(filepath.Join(tmp, dir), 0o755); err != nil {
 			return mappedNot, errors.Join(err, removeProbe(staging, name))
 		}
@@ -59,7 +62,7 @@ func (d *Driver) probeMapped() (by mappedBy, err error) {
 	defer func() { err = errors.Join(err, ns.close()) }()
 	spec := mountSpec{home: tmp, lowers: []string{"l1/diff", "l2/diff"}, upper: "up/diff", work: "up/work", options: d.facts.mountOptions()}
 	var failed error
-	for _, by := range []mappedBy{mappedFD, mappedAttached} {
+	for _, by := range ways {
 		err := spec.tryMapped(ns, by)
 		if err == nil {
 			return by, nil
@@ -165,7 +168,7 @@ func (s mountSpec) detachedMapped(ns *idMapped, by mappedBy, attrs int) (fd int,
 	}
 	staging := s.home + "/" + stagingDir
 	if s.chain == nil {
-		staging = s.home + "/l1" // of the probe
+		staging = s.home + "/" + probeCover
 	}
 	return sys.DetachedAt(staging+"/m", func() error { return s.mappedNames(ns, staging, attrs) })
 }

@@ -97,6 +97,16 @@ func mappedDrivers(t *testing.T, f func(t *testing.T, d *Driver)) {
 	})
 }
 
+// TestMappedProbe: each way is found by its own probe, also the one that a newer kernel never
+// comes to: where a Driver can use it, it works.
+func TestMappedProbe(t *testing.T) {
+	mappedDrivers(t, func(t *testing.T, d *Driver) {
+		if by, err := d.probeMapped(d.mapped); by != d.mapped || err != nil {
+			t.Errorf("got %d, want %d: %v", by, d.mapped, err)
+		}
+	})
+}
+
 // TestMappedContainers: one copy of an image serves containers with different maps at once; each
 // sees the image's owners, and what it writes has them on disk, so that its diff tells them, can be
 // applied anywhere and be a parent.

@@ -24,8 +24,8 @@ func methods(t *testing.T) []MountMethod {
 	}
 	if _, err := New(t.TempDir(), Options{MountMethod: MountFiles}); err == nil {
 		all = append(all, MountFiles)
-	} else {
-		wantErr(t, err, ErrNotSupported)
+	} else if !errors.Is(err, ErrNotSupported) {
+		t.Errorf("New: %v", err)
 	}
 	return all
 }
