@@ -108,8 +108,9 @@ type Stats struct {
 	SkippedDevices int64
 	// SkippedSockets counts sockets, which no tar format can hold.
 	SkippedSockets int64
-	// SkippedXattrs counts extended attributes that Pack left out because they belong to the
-	// machine (security.selinux and others but security.capability) or because of PackOptions.Xattrs.
+	// SkippedXattrs counts extended attributes that were left out because they belong to the
+	// machine (security.selinux, and what Pack finds of others in security. but security.capability) or because of
+	// PackOptions.Xattrs.
 	SkippedXattrs int64
 }
 

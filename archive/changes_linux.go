@@ -23,7 +23,7 @@ import (
 //
 // Errors are *EntryError with the path of the file.
 func Changes(ctx context.Context, dir string, opts ReadOptions) ([]Change, error) {
-	c := layerChanges{ctx: ctx, format: opts.Format}
+	c := layerChanges{ctx: ctx, format: opts.Format, walk: walk{stop: ctx.Err}, files: comparer{stop: ctx.Err}}
 	defer c.close()
 	if err := c.run(dir, opts.Lowers); err != nil {
 		return nil, &EntryError{Op: "changes", Name: string(c.list.path) + "/" + c.name.String(), Err: err}
@@ -275,7 +275,7 @@ func (c *layerChanges) enter(f *changeFrame, now *fileAt, base *mergedDir, chang
 		return err
 	}
 	if next.view == nil {
-		if err := d.read(&c.walk.dents, fd, true); err != nil {
+		if err := c.walk.list(d, fd, true); err != nil {
 			return err
 		}
 	} else {

@@ -19,7 +19,8 @@ import (
 //
 // Errors are *EntryError with the path of the file.
 func Compare(ctx context.Context, newDir, oldDir string) ([]Change, error) {
-	c := comparison{ctx: ctx, files: comparer{mounted: true}}
+	c := comparison{ctx: ctx, files: comparer{mounted: true, stop: ctx.Err}}
+	c.new.walk.stop, c.old.walk.stop = ctx.Err, ctx.Err
 	defer c.new.walk.close()
 	defer c.old.walk.close()
 	if err := c.run(newDir, oldDir); err != nil {

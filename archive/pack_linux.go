@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/bcc2decd/overlay2/internal/sys"
@@ -39,6 +40,7 @@ import (
 func Pack(ctx context.Context, dir string, opts PackOptions) (Reader, error) {
 	p := &packer{ctx: ctx, opts: opts, links: make(map[inode]link)}
 	p.body.fd = -1
+	p.walk.stop = p.goOn
 	p.attrs.choice = opts.Xattrs
 	if err := p.open(dir); err != nil {
 		p.release()
@@ -54,7 +56,8 @@ type packer struct {
 	opts  PackOptions
 	attrs xattrNames
 
-	mu sync.Mutex // Read and Close may come from two goroutines; protects all below
+	closing atomic.Bool
+	mu      sync.Mutex // Read and Close may come from two goroutines; protects all below
 	// err is what every further Read returns.
 	err error
 	// walk and frames are the directories that it is in.
@@ -203,6 +206,7 @@ func (p *packer) Stats() Stats {
 
 // Close releases what is open. Reading on is fs.ErrClosed.
 func (p *packer) Close() error {
+	p.closing.Store(true) // for a Read that holds mu
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.err == nil || p.err == io.EOF {
@@ -211,6 +215,14 @@ func (p *packer) Close() error {
 	p.small = nil
 	p.release()
 	return nil
+}
+
+// goOn returns an error when the work is to stop.
+func (p *packer) goOn() error {
+	if p.closing.Load() {
+		return fs.ErrClosed
+	}
+	return p.ctx.Err()
 }
 
 func (p *packer) release() {
@@ -315,7 +327,9 @@ func pickNames(changes []Change) (map[string]*nameList, error) {
 		for name, typ := range names {
 			list.add([]byte(name), typ)
 		}
-		list.sort()
+		if err := list.sort(func() error { return nil }); err != nil {
+			return nil, err
+		}
 		picked[dir] = list
 	}
 	return picked, nil

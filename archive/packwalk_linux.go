@@ -108,7 +108,7 @@ func (p *packer) enter(fd int) error {
 		}
 		return nil
 	}
-	return d.read(&p.walk.dents, fd, true)
+	return p.walk.list(d, fd, true)
 }
 
 // leave goes up from the directory at hand.

@@ -25,6 +25,8 @@ type comparer struct {
 	// mounted: the files may be the same inode shown by two overlays, each with a device
 	// number of its own.
 	mounted bool
+	// stop says whether the work is to stop, by an error; nil is never.
+	stop func() error
 
 	listA, listB []byte
 	dataA, dataB []byte
@@ -132,6 +134,11 @@ func (c *comparer) sameData(x, y int) (bool, error) {
 		c.dataA, c.dataB = make([]byte, 256<<10), make([]byte, 256<<10)
 	}
 	for {
+		if c.stop != nil {
+			if err := c.stop(); err != nil {
+				return false, err
+			}
+		}
 		n, err := readFull(x, c.dataA)
 		if err != nil {
 			return false, err

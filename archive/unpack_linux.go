@@ -99,6 +99,7 @@ type unpacker struct {
 	root           bool // the stream has an entry for it. The builder's until it has ended
 	size           atomic.Int64
 	skippedDevices atomic.Int64
+	skippedXattrs  atomic.Int64
 	entries        int64
 	tarBytes       int64
 	lastProgress   time.Time
@@ -284,6 +285,7 @@ func (u *unpacker) stats() Stats {
 		TarBytes:       u.tarBytes,
 		Size:           u.size.Load(),
 		SkippedDevices: u.skippedDevices.Load(),
+		SkippedXattrs:  u.skippedXattrs.Load(),
 	}
 }
 

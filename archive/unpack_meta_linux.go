@@ -31,6 +31,7 @@ func (u *unpacker) metaOf(e *tarEntry, dir *dirNode) (m meta, err error) {
 	}
 	for _, x := range e.xattrs {
 		if machineXattr(x.name) {
+			u.skippedXattrs.Add(1)
 			continue
 		}
 		if x.value, err = u.opts.IDMap.mapXattr(x.name, x.value); err != nil {

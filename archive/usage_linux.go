@@ -27,7 +27,7 @@ func Usage(ctx context.Context, dir string) (Stats, error) {
 		return Stats{}, &EntryError{Op: "usage", Name: ".", Err: err}
 	}
 	var root nameList
-	if err := root.read(new(sys.DirReader), fd, false); err != nil {
+	if err := root.read(new(sys.DirReader), fd, false, ctx.Err); err != nil {
 		_ = sys.Close(fd)
 		return Stats{}, &EntryError{Op: "usage", Name: ".", Err: err}
 	}
@@ -81,6 +81,7 @@ type usageWorker struct {
 
 func (u *usage) work() {
 	w := usageWorker{usage: u}
+	w.walk.stop = u.ctx.Err
 	for {
 		u.hungry.Add(1)
 		task, ok := <-u.tasks

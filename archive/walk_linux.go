@@ -26,11 +26,19 @@ type listedName struct {
 	typ    uint8
 }
 
-// read lists the directory fd, which was not listed before.
-func (l *nameList) read(r *sys.DirReader, fd int, sorted bool) error {
+// stopEvery is the number of names after which a long list is left if the work is to stop.
+const stopEvery = 1 << 12
+
+// read lists the directory fd, which was not listed before. It ends with an error of stop.
+func (l *nameList) read(r *sys.DirReader, fd int, sorted bool, stop func() error) error {
 	l.bytes, l.names, l.next = l.bytes[:0], l.names[:0], 0
 	r.Start(fd)
 	for {
+		if len(l.names)%stopEvery == stopEvery-1 {
+			if err := stop(); err != nil {
+				return err
+			}
+		}
 		name, typ, err := r.Next()
 		if err != nil {
 			return err
@@ -44,7 +52,7 @@ func (l *nameList) read(r *sys.DirReader, fd int, sorted bool) error {
 		l.add(name, typ)
 	}
 	if sorted {
-		l.sort()
+		return l.sort(stop)
 	}
 	return nil
 }
@@ -59,14 +67,23 @@ func (l *nameList) add(name []byte, typ uint8) {
 	l.bytes = append(append(l.bytes, name...), 0)
 }
 
-// sort orders the names bytewise.
-func (l *nameList) sort() {
+// sort orders the names bytewise. It ends with an error of stop, in no order then.
+func (l *nameList) sort(stop func() error) error {
+	var compared int
+	var err error
 	slices.SortFunc(l.names, func(a, b listedName) int {
+		if compared++; compared%(16*stopEvery) == 0 && err == nil {
+			err = stop()
+		}
+		if err != nil {
+			return 0 // names that are all the same are soon in order
+		}
 		if a.prefix != b.prefix {
 			return cmp.Compare(a.prefix, b.prefix)
 		}
 		return bytes.Compare(l.at(a), l.at(b))
 	})
+	return err
 }
 
 func (l *nameList) at(n listedName) sys.Name {
@@ -102,6 +119,8 @@ type walk struct {
 	dirs  []*walkDir
 	spare []*walkDir
 	dents sys.DirReader
+	// stop says whether the work is to stop, by an error; nil is never.
+	stop func() error
 }
 
 // top returns the directory that the walk is in, nil at its end.
@@ -118,7 +137,16 @@ func (w *walk) push(fd int, sorted bool) error {
 	if err != nil {
 		return err
 	}
-	return d.read(&w.dents, fd, sorted)
+	return w.list(d, fd, sorted)
+}
+
+// list reads the names of a directory that the walk is in.
+func (w *walk) list(d *walkDir, fd int, sorted bool) error {
+	stop := w.stop
+	if stop == nil {
+		stop = func() error { return nil }
+	}
+	return d.read(&w.dents, fd, sorted, stop)
 }
 
 // enter goes down into fd, which is the walk's from then on. The caller adds the names. An
