@@ -17,7 +17,6 @@ import (
 	"github.com/bcc2decd/overlay2/internal/sys"
 	"github.com/bcc2decd/overlay2/quota"
 	"github.com/moby/sys/mount"
-	"github.com/moby/sys/mountinfo"
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 )
@@ -206,15 +205,9 @@ func (d *Driver) openHome() (err error) {
 // makePrivate mounts the home on itself, privately, if its mount propagates: the layers'
 // mounts would appear in other mount namespaces and stay busy there.
 func (d *Driver) makePrivate() error {
-	mounts, err := mountinfo.GetMounts(mountinfo.ParentsFilter(d.home))
+	shared, err := sys.Propagates(d.home)
 	if err != nil {
 		return err
-	}
-	shared, longest := false, 0
-	for _, m := range mounts {
-		if len(m.Mountpoint) >= longest { // the last one on the same place is on top
-			shared, longest = strings.Contains(m.Optional, "shared:"), len(m.Mountpoint)
-		}
 	}
 	if !shared {
 		return nil

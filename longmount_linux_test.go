@@ -1,0 +1,74 @@
+//go:build linux
+
+package overlay2
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
+	"github.com/bcc2decd/overlay2/internal/sys"
+	"golang.org/x/sys/unix"
+)
+
+// Somebody's overlay of many layers makes a line in mountinfo that is longer than a bufio.Scanner takes.
+func TestNewBesideLongMount(t *testing.T) {
+	overlaytest.Require(t, "root", "overlay")
+	overlaytest.NoLeaks(t)
+	dir := t.TempDir()
+	c, err := sys.OpenFS("overlay")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Set("source", "overlay")
+	for i := range 400 {
+		lower := fmt.Sprintf("%s/%0*d", dir, 240-len(dir), i)
+		if err := os.Mkdir(lower, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		c.Set("lowerdir+", lower)
+	}
+	fd, err := c.Mount(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	merged := filepath.Join(dir, "merged")
+	if err := os.Mkdir(merged, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := sys.MoveMount(fd, merged); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.Unmount(merged, 0); err != nil {
+			t.Error(err)
+		}
+	}()
+	if err := unix.Close(fd); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	longest := 0
+	for line := range strings.SplitSeq(string(data), "\n") {
+		longest = max(longest, len(line))
+	}
+	if longest <= 64<<10 {
+		t.Fatalf("the longest line has %d bytes", longest)
+	}
+	d, err := New(filepath.Join(dir, "home"), Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Cleanup(); err != nil {
+		t.Error(err)
+	}
+}
