@@ -88,7 +88,7 @@ func TestUmask(t *testing.T) {
 	}
 }
 
-// TestRemappedRoot: with an id map the layers belong to the container's root.
+// TestRemappedRoot: with an id map the layers belong to the container's root, and nothing else does (CVE-2021-21284).
 func TestRemappedRoot(t *testing.T) {
 	ids := []archive.IDRange{{ContainerID: 0, HostID: 100000, Size: 65536}}
 	d := newTestDriver(t, t.TempDir(), Options{IDMap: archive.IDMap{UIDs: ids, GIDs: ids}})

@@ -143,6 +143,8 @@ func wantLinks(t testing.TB, d *Driver, n int) {
 	}
 }
 
+// TestNewMakesHome: nobody but root and the remapped group gets into the home, so that no user of the host reaches a
+// setuid program in a layer (CVE-2021-41091).
 func TestNewMakesHome(t *testing.T) {
 	overlaytest.Require(t, "root", "overlay")
 	overlaytest.EachFS(t, func(t *testing.T, dir string) {
