@@ -1,10 +1,10 @@
 package quota
 
 import (
+	"crypto/rand"
+	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
-	"strconv"
 
 	"golang.org/x/sys/unix"
 
@@ -60,15 +60,28 @@ func checkDevice(path string, dev uint64) error {
 	return nil
 }
 
-// makeDevice makes the node in the home under a temporary name and renames it, so that
-// another process always finds either none or a whole one.
+// makeDevice makes the node in the home unless another process, or another Control of
+// this one, has done so meanwhile. A node of another device, of a home that was copied, is
+// replaced by a rename, so that there always is one.
 func makeDevice(fd int, dev uint64) error {
-	tmp := deviceName + "." + strconv.Itoa(os.Getpid())
-	if err := unix.Unlinkat(fd, tmp, 0); err != nil && err != unix.ENOENT {
+	err := unix.Mknodat(fd, deviceName, unix.S_IFBLK|0o600, int(dev))
+	if err != unix.EEXIST {
 		return err
 	}
+	var st unix.Stat_t
+	if err := sys.Fstatat(fd, deviceName, &st); err != nil {
+		return err
+	}
+	if st.Mode&unix.S_IFMT == unix.S_IFBLK && uint64(st.Rdev) == dev {
+		return nil
+	}
+	// Not the process id: it may be the same in two containers, and is in one process.
+	tmp := deviceName + "." + rand.Text()
 	if err := unix.Mknodat(fd, tmp, unix.S_IFBLK|0o600, int(dev)); err != nil {
 		return err
 	}
-	return unix.Renameat(fd, tmp, fd, deviceName)
+	if err := unix.Renameat(fd, tmp, fd, deviceName); err != nil {
+		return errors.Join(err, unix.Unlinkat(fd, tmp, 0))
+	}
+	return nil
 }
