@@ -266,11 +266,15 @@ func TestNewWithManyQuotas(t *testing.T) {
 		for i := range n {
 			must(t, d.CreateReadWrite(fmt.Sprint("box", i), "base", storage("size=1m")))
 		}
-		start := time.Now()
-		_, err := quota.Open(home)
-		must(t, err)
-		if took := time.Since(start); took > 50*time.Millisecond {
-			t.Errorf("with %d limited layers the quota adds %v to New", n, took)
+		least := time.Hour // of several, as others use the processors too
+		for range 10 {
+			start := time.Now()
+			_, err := quota.Open(home)
+			must(t, err)
+			least = min(least, time.Since(start))
+		}
+		if least > 50*time.Millisecond {
+			t.Errorf("with %d limited layers the quota adds %v to New", n, least)
 		}
 	})
 }

@@ -642,6 +642,7 @@ func TestUserNamespace(t *testing.T) {
 func TestManyIDs(t *testing.T) {
 	each(t, func(t *testing.T, home string) {
 		c := open(t, home)
+		without := openTime(t, home)
 		const first, n = 1000, 10000
 		k := speak(t, c)
 		setProject(t, home, first-1, 0)
@@ -658,19 +659,31 @@ func TestManyIDs(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		start := time.Now()
+		with := openTime(t, home)
 		second := open(t, home)
 		opened := time.Now()
 		dir := subdir(t, second, home, "layer")
 		if err := second.Set(dir, Limits{Bytes: 1 << 20}); err != nil {
 			t.Fatal(err)
 		}
-		t.Logf("Open took %v, the first Set %v", opened.Sub(start), time.Since(opened))
-		if opened.Sub(start) > 50*time.Millisecond {
-			t.Errorf("Open took %v with %d ids in use", opened.Sub(start), n)
+		t.Logf("Open took %v, %v before; the first Set %v", with, without, time.Since(opened))
+		if with-without > 50*time.Millisecond {
+			t.Errorf("Open took %v with %d ids in use, %v before", with, n, without)
 		}
 		if id := projectID(t, dir); id != first+n {
 			t.Errorf("id %d, want %d", id, first+n)
 		}
 	})
+}
+
+// openTime is how long Open takes: the least of several, as others use the processors too.
+func openTime(t *testing.T, home string) time.Duration {
+	t.Helper()
+	least := time.Hour
+	for range 10 {
+		start := time.Now()
+		open(t, home)
+		least = min(least, time.Since(start))
+	}
+	return least
 }
