@@ -291,7 +291,7 @@ func (d *Driver) Exists(id string) bool {
 // New has mounted. Mounted layers stay mounted: their Puts may come from another process.
 // The Driver can be used on.
 func (d *Driver) Cleanup() error {
-	err := d.flush()
+	err := d.flush(true)
 	if err != nil {
 		err = fmt.Errorf("cleanup %s: %w", d.home, err)
 	}

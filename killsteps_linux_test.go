@@ -50,7 +50,7 @@ func TestKillStepsWorker(t *testing.T) {
 		if s.opens {
 			if d, err = New(words[2], quietOptions(s.mode)); err == nil {
 				d.trash.wait()
-				err = d.flush()
+				err = d.flush(false)
 			}
 		} else {
 			err = s.run(d)

@@ -235,7 +235,7 @@ func (p *powerTest) sync(d *Driver, m *powerModel) error {
 	})
 	sync := d.Sync
 	if rand.IntN(2) == 0 && p.mode != DurabilityOff {
-		sync = d.flush
+		sync = func() error { return d.flush(false) }
 	}
 	if err := sync(); err != nil {
 		return err

@@ -122,7 +122,7 @@ func (d *Driver) schedule(delay time.Duration) {
 	}
 	d.syncer.due = due
 	d.syncer.timer = time.AfterFunc(delay, func() {
-		if err := d.flush(); err != nil {
+		if err := d.flush(false); err != nil {
 			d.log.WithError(err).Error("overlay2: sync in the background")
 		}
 	})
@@ -131,7 +131,7 @@ func (d *Driver) schedule(delay time.Duration) {
 // Sync returns when all layers, as they are now, are on the disk: what was made, filled
 // and removed before, and what was written through their mounts.
 func (d *Driver) Sync() error {
-	err := d.flush()
+	err := d.flush(false)
 	if err == nil {
 		err = d.syncHome()
 	}
@@ -179,24 +179,24 @@ func (d *Driver) distrust(batches []*batch) error {
 	return err
 }
 
-// again keeps batches for another try if it is not the disk that failed but descriptors or memory that ran
-// out. What a dead disk has would be kept open for ever, and the filesystem busy.
-func (d *Driver) again(batches []*batch, err error) bool {
-	if !errors.Is(err, unix.EMFILE) && !errors.Is(err, unix.ENFILE) && !errors.Is(err, unix.ENOMEM) {
-		return false
-	}
+// again keeps batches for another try if it is not the disk that failed but, say, descriptors that ran out.
+func (d *Driver) again(batches []*batch) {
 	d.syncer.mu.Lock()
 	defer d.syncer.mu.Unlock()
-	if d.syncer.err != nil {
-		return false
-	}
 	d.syncer.adopted = append(d.syncer.adopted, batches...)
 	d.schedule(applyDelay)
-	return true
 }
 
-// flush syncs what waits for that, and drops its record.
-func (d *Driver) flush() error {
+// diskFailed reports whether a sync has failed.
+func (d *Driver) diskFailed() bool {
+	d.syncer.mu.Lock()
+	defer d.syncer.mu.Unlock()
+	return d.syncer.err != nil
+}
+
+// flush syncs what waits for that, and drops its record. If it could not even begin, it tries again
+// later; the last flush leaves the records to the next New, and holds nothing on a disk that may be dead.
+func (d *Driver) flush(last bool) error {
 	d.syncer.flushing.Lock()
 	defer d.syncer.flushing.Unlock()
 	d.syncer.mu.Lock()
@@ -217,11 +217,13 @@ func (d *Driver) flush() error {
 	if err == nil {
 		err = ignoreAbsent(d.syncBatches(batches)) // a home that is gone needs it no more
 	}
-	if err != nil && d.again(batches, err) {
-		return err
-	}
-	if err != nil {
+	switch {
+	case err == nil:
+	case d.diskFailed():
 		err = errors.Join(err, d.distrust(batches))
+	case !last:
+		d.again(batches)
+		return err
 	}
 	for _, b := range batches {
 		err = errors.Join(err, sys.Close(b.fd))
