@@ -227,6 +227,9 @@ func (r *replay) mend(link string) error {
 	}
 	defer p.close()
 	above, err := p.lowers()
+	if exhausted(err) {
+		return fmt.Errorf("%s: %w", p.id, err) // the record must stay
+	}
 	if err != nil {
 		return nil // the parent is damaged: Check reports both
 	}
@@ -273,7 +276,11 @@ func (r *replay) loseLayer(link string, lose func(*layer) error) error {
 		return err
 	}
 	defer l.close()
-	if own, err := l.link(); err != nil || own != link {
+	own, err := l.link()
+	if exhausted(err) {
+		return fmt.Errorf("%s: %w", l.id, err) // the record must stay, or the layer would be taken for whole
+	}
+	if err != nil || own != link {
 		return nil // the ID is another layer's now
 	}
 	r.lost = append(r.lost, l.id)
