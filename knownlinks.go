@@ -217,9 +217,13 @@ func (c *chain) check(i int) error {
 	if unchanged && c.gen != 0 && k.gen == c.gen {
 		return nil
 	}
+	if !unchanged { // the diff in it may be another by now: nothing is mounted by it
+		k.dir.unref()
+		k.dir = nil
+	}
 	if k.still(c.lfd) {
 		if c.gen != 0 && i > 0 {
-			c.hold(i, unchanged)
+			c.hold(i)
 		}
 		return nil
 	}
@@ -244,12 +248,10 @@ func (c *chain) follow(i int) error {
 
 // hold remembers that the link was followed with l/ as it is, and holds the layer's directory open
 // if it does not yet. What does not succeed costs time only.
-func (c *chain) hold(i int, unchanged bool) {
+func (c *chain) hold(i int) {
 	k := &c.known[i]
-	if !unchanged {
-		k.dir.unref()
-		k.dir = c.openDir(k)
-		if k.dir == nil {
+	if k.dir == nil {
+		if k.dir = c.openDir(k); k.dir == nil {
 			return
 		}
 	}

@@ -337,6 +337,36 @@ func TestHeldDirs(t *testing.T) {
 	}
 }
 
+// TestHeldDirMoved: a directory that is held but no longer the layer's is not what is mounted, also where
+// times are too coarse to tell whether l/ has changed.
+func TestHeldDirMoved(t *testing.T) {
+	d := newTestDriver(t, filepath.Join(t.TempDir(), strings.Repeat("h", 100)), Options{})
+	parent := ""
+	for i := range 100 {
+		id := fmt.Sprintf("layer%d", i)
+		must(t, d.Create(id, parent, nil))
+		parent = id
+	}
+	must(t, os.WriteFile(d.home+"/layer0/diff/right", nil, 0o600))
+	must(t, d.CreateReadWrite("box", parent, nil))
+	want := tree(t, d, "box", overlaytest.NoRootTime)
+	settle(t, d, "box")
+	if d.known.held != 100 {
+		t.Fatalf("%d directories are held", d.known.held)
+	}
+	d.known.settle = time.Hour
+	// The very same diff, link and lower in another directory of the same name.
+	old, now := d.home+".old", d.home+"/layer0"
+	must(t, os.Rename(now, old))
+	must(t, os.Mkdir(now, 0o710))
+	for _, name := range []string{"diff", "link", "committed"} {
+		must(t, os.Rename(filepath.Join(old, name), filepath.Join(now, name)))
+	}
+	must(t, os.Mkdir(old+"/diff", 0o755))
+	must(t, os.WriteFile(old+"/diff/wrong", nil, 0o600))
+	overlaytest.Compare(t, want, tree(t, d, "box", overlaytest.NoRootTime))
+}
+
 func fileAt(path string) error { return os.WriteFile(path, nil, 0o600) }
 
 // TestKnownLinksReplaced: a directory replaced by an honest one is seen at once.
