@@ -85,7 +85,9 @@ type CreateOpts struct {
 
 // LayerDiff is a layer that ApplyLayers is to make, and its tar.
 type LayerDiff struct {
-	ID   string
+	// ID is the new layer's.
+	ID string
+	// Diff is a tar, not compressed. It is read to its end unless something fails.
 	Diff io.Reader
 }
 
