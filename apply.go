@@ -27,7 +27,8 @@ const (
 //
 // If it does not end well the error names the entry, and the layer is ErrIncomplete
 // for every other call until it is removed or a diff is applied to it again; after a
-// crash too. A layer with children is ErrLayerInUse.
+// crash too. A layer with children is ErrLayerInUse. One that this Driver has mounted is filled through
+// the mount: who reads it there meanwhile sees it grow.
 func (d *Driver) ApplyDiff(id, parent string, diff io.Reader) (int64, error) {
 	size, err := d.applyDiff(id, parent, diff)
 	return size, layerErr("apply", id, err)
@@ -52,12 +53,13 @@ func (d *Driver) applyDiff(id, parent string, diff io.Reader) (_ int64, err erro
 	if err != nil {
 		return 0, err
 	}
-	if err := d.beginApply(l, state, false); err != nil {
+	mounted, err := d.beginApply(l, state, false)
+	if err != nil {
 		return 0, err
 	}
 	opts := archive.UnpackOptions{Format: d.format, IDMap: d.opts.IDMap, Lowers: lowers}
 	var stats archive.Stats
-	if native && state.mounts == 0 {
+	if native && !mounted {
 		stats, err = d.limitedUnpack(l, func(ctx context.Context, progress func(archive.Stats)) (archive.Stats, error) {
 			opts.Progress = progress
 			return archive.Unpack(ctx, l.path(diffName), diff, opts)
@@ -73,52 +75,78 @@ func (d *Driver) applyDiff(id, parent string, diff io.Reader) (_ int64, err erro
 
 // beginApply marks the layer incomplete, and empties it if an earlier apply to it, when it
 // was new, did not end well. Until the layer is closed no other process makes a child of it.
-// A parent may have children, which are filled with it.
-func (d *Driver) beginApply(l *layer, state *layerState, parent bool) error {
+// A parent may have children, which are filled with it. If the layer is mounted, by this Driver or by a
+// process that is no more, it must be filled through the mount: the kernel does not see what changes beneath one.
+func (d *Driver) beginApply(l *layer, state *layerState, parent bool) (mounted bool, err error) {
 	if err := l.lockHere(); err != nil {
-		return err
+		return false, err
 	}
-	if state.mounts == 0 {
-		if err := l.checkUnused(); err != nil {
-			return err
-		}
-	} else if committed, err := l.has(committedName); err != nil {
-		return err
-	} else if committed {
-		return fmt.Errorf("%w: mounted read-only", ErrLayerInUse)
+	if mounted, err = d.checkFillable(l, state); err != nil {
+		return false, err
 	}
 	s, err := d.openStaging()
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer s.close()
 	links, err := s.ownLinks(l)
 	if err != nil {
-		return err
+		return false, err
 	}
 	if lost, err := s.leadsNowhere(l, links); err != nil {
-		return err
+		return false, err
 	} else if !lost && !parent { // otherwise its children cannot be in use, and wait for it
 		if err := s.checkChildless(l, links); err != nil {
-			return err
+			return false, err
 		}
 	}
-	switch mark, err := l.incomplete(); {
+	mark, err := l.incomplete()
+	switch {
 	case err != nil:
-		return err
+		return false, err
 	case mark == "":
-		if err := l.markIncomplete(); err != nil || d.opts.Durability != DurabilityBackground {
-			return err
+		return mounted, d.markApplying(l)
+	case mounted && state.mounts == 0:
+		// Nobody can use it any more.
+		if err := retryBusy(func() error { return d.unmountMerged(l.path(mergedName)) }); err != nil {
+			return false, err
 		}
-		link, err := l.link()
-		if err != nil {
-			return err
-		}
-		return d.recordBegin(l, link)
-	case mark == incompleteEmpty && state.mounts == 0:
-		return d.renewDiff(l, s)
+		mounted = false
 	}
-	return nil
+	if mark == incompleteEmpty && !mounted {
+		return false, d.renewDiff(l, s)
+	}
+	return mounted, nil
+}
+
+// checkFillable returns ErrLayerInUse if another process uses the layer, or if it is mounted read-only, and
+// reports whether it is mounted.
+func (d *Driver) checkFillable(l *layer, state *layerState) (mounted bool, err error) {
+	if state.mounts == 0 {
+		if err := l.checkUnused(); err != nil {
+			return false, err
+		}
+		if mounted, err = l.mounted(); err != nil || !mounted {
+			return false, err
+		}
+	}
+	committed, err := l.has(committedName)
+	if err == nil && committed {
+		err = fmt.Errorf("%w: mounted read-only", ErrLayerInUse)
+	}
+	return true, err
+}
+
+// markApplying marks a whole layer incomplete while a diff is applied to it.
+func (d *Driver) markApplying(l *layer) error {
+	if err := l.markIncomplete(); err != nil || d.opts.Durability != DurabilityBackground {
+		return err
+	}
+	link, err := l.link()
+	if err != nil {
+		return err
+	}
+	return d.recordBegin(l, link)
 }
 
 // endApply makes a layer that was filled whole again.

@@ -5,6 +5,7 @@ package overlay2
 import (
 	"context"
 	"errors"
+	"fmt"
 	"runtime"
 	"slices"
 	"sync"
@@ -106,7 +107,11 @@ func (d *Driver) fillLayers(layers []LayerDiff) (sizes []int64, err error) {
 	}
 	// The uppermost first: at no moment a layer is whole that has one below it that is not.
 	for _, f := range slices.Backward(chain) {
-		if err := d.beginApply(f.l, f.state, f != chain[len(chain)-1]); err != nil {
+		mounted, err := d.beginApply(f.l, f.state, f != chain[len(chain)-1])
+		if err == nil && mounted {
+			err = fmt.Errorf("%w: mounted", ErrLayerInUse)
+		}
+		if err != nil {
 			return nil, layerErr("apply", f.diff.ID, err)
 		}
 	}

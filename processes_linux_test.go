@@ -41,6 +41,7 @@ func TestProcessesWorker(t *testing.T) {
 	must(t, err)
 	end := time.Now().Add(length)
 	var wg sync.WaitGroup
+	var busy processLocks
 	for range 8 {
 		wg.Go(func() {
 			for time.Now().Before(end) && !t.Failed() {
@@ -49,7 +50,7 @@ func TestProcessesWorker(t *testing.T) {
 				for rand.IntN(3) > 0 && len(id) < 5 {
 					id += "." + strconv.Itoa(rand.IntN(3))
 				}
-				if err := processStep(t, d, id); err != nil {
+				if err := processStep(t, d, &busy, id); err != nil {
 					t.Errorf("%s: %v", id, err)
 				}
 			}
@@ -67,17 +68,36 @@ func processParent(id string) string {
 	return ""
 }
 
+// processLocks keep the goroutines of one process from reading a layer through its mount while they fill it
+// through that: whoever has got a layer and applies a diff to it sees it grow, as ApplyDiff says. What
+// another process has got cannot be filled.
+type processLocks struct{ byID sync.Map }
+
+func (l *processLocks) of(id string) *sync.RWMutex {
+	m, _ := l.byID.LoadOrStore(id, new(sync.RWMutex))
+	return m.(*sync.RWMutex)
+}
+
 // processStep makes one call. What others may have done to the layer meanwhile is no error.
-func processStep(t *testing.T, d *Driver, id string) (err error) {
+func processStep(t *testing.T, d *Driver, busy *processLocks, id string) (err error) {
 	parent := processParent(id)
+	fill := func() error {
+		m := busy.of(id)
+		m.Lock()
+		defer m.Unlock()
+		return errOf(d.ApplyDiff(id, parent, bytes.NewReader(processTar(t, id))))
+	}
 	switch rand.IntN(6) {
 	case 0, 1:
 		if err = d.Create(id, parent, nil); err == nil {
-			err = errOf(d.ApplyDiff(id, parent, bytes.NewReader(processTar(t, id))))
+			err = fill()
 		}
 	case 2:
-		err = errOf(d.ApplyDiff(id, parent, bytes.NewReader(processTar(t, id))))
+		err = fill()
 	case 3, 4:
+		m := busy.of(id)
+		m.RLock()
+		defer m.RUnlock()
 		err = processRead(d, id)
 	case 5:
 		err = d.Remove(id)

@@ -1,8 +1,11 @@
 package overlay2
 
 import (
+	"bytes"
 	"errors"
+	"fmt"
 	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 
@@ -117,4 +120,59 @@ func TestCleanupHandsOver(t *testing.T) {
 	wantErr(t, next.Put("box"), ErrNotMounted)
 	must(t, d.Put("box"))
 	must(t, d.Put("box"))
+}
+
+// TestApplyLeftMount: a diff is applied to a layer that a dead process has left mounted. What is seen there
+// afterwards, by whoever adopts the mount, is what was applied.
+func TestApplyLeftMount(t *testing.T) {
+	tar1 := makeTar(t, file("dir/", ""), file("dir/name", "one"), file("name", "one"))
+	tar2 := makeTar(t, file("dir/", ""), file("dir/name", "two"), file("name", "two"), file("new", "two"))
+	for name, c := range map[string]struct {
+		fails bool // the dead process was about to apply
+		want  string
+	}{"whole": {false, "two"}, "incomplete": {true, "two"}} {
+		t.Run(name, func(t *testing.T) {
+			home := filepath.Join(t.TempDir(), "home")
+			d := newTestDriver(t, home, Options{})
+			apply(t, d, "base", "", makeTar(t, file("name", "base")))
+			must(t, d.CreateReadWrite("box", "base", nil))
+			if !c.fails {
+				_, err := d.ApplyDiff("box", "base", bytes.NewReader(tar1))
+				must(t, err)
+			}
+			path, err := d.Get("box", "")
+			must(t, err)
+			for _, name := range []string{"name", "new", "dir/name"} { // so that the kernel remembers
+				_, _ = os.ReadFile(filepath.Join(path, name))
+			}
+			if c.fails {
+				if _, err := d.ApplyDiff("box", "base", bytes.NewReader(tar1[:700])); err == nil {
+					t.Fatal("half a tar was applied")
+				}
+			}
+			must(t, d.Cleanup()) // its end: the mount stays
+
+			d = openTestDriver(t, home, Options{})
+			_, err = d.ApplyDiff("box", "base", bytes.NewReader(tar2))
+			must(t, err)
+			path, err = d.Get("box", "")
+			must(t, err)
+			for _, name := range []string{"name", "new", "dir/name"} {
+				if got, err := os.ReadFile(filepath.Join(path, name)); err != nil || string(got) != c.want {
+					t.Errorf("%s holds %q, %v", name, got, err)
+				}
+			}
+			must(t, os.WriteFile(filepath.Join(path, "name"), []byte("three"), 0o644))
+			must(t, os.RemoveAll(filepath.Join(path, "dir")))
+			for err = d.Put("box"); err == nil; err = d.Put("box") {
+				continue // what was adopted counts as a use
+			}
+			wantErr(t, err, ErrNotMounted)
+			changes, err := d.Changes("box", "base")
+			must(t, err)
+			if got := fmt.Sprint(changes); got != "[C /name A /new]" {
+				t.Errorf("changes are %s", got)
+			}
+		})
+	}
 }
