@@ -9,204 +9,216 @@ import (
 	"strings"
 
 	"github.com/bcc2decd/overlay2/internal/linkid"
-	"github.com/bcc2decd/overlay2/internal/sys"
 	"golang.org/x/sys/unix"
 )
 
-// checker collects the problems of a home.
-type checker struct {
-	d        *Driver
-	homefd   int
-	lfd      int
-	links    map[string]string // link file's content by layer ID
-	lowers   map[string][]string
+// Check reads the whole home and returns all that is not as docs/format.md says, sorted by
+// path; none for a home in order. It changes nothing. What calls in this or another process are
+// just doing is no problem: what looks wrong is looked at again, under the layer's lock.
+//
+// The error is of reading the home itself.
+func (d *Driver) Check() ([]Problem, error) { return CheckHome(d.home) }
+
+// CheckHome is Check without a Driver: it writes nothing, and takes no lock for longer than a layer
+// is read, so that the home may be in use, by dockerd too.
+func CheckHome(home string) ([]Problem, error) {
+	problems, err := checkHome(home)
+	if err != nil {
+		return nil, fmt.Errorf("check %s: %w", home, err)
+	}
+	return problems, nil
+}
+
+func checkHome(home string) ([]Problem, error) {
+	h, err := readHome(home)
+	if err != nil {
+		return nil, err
+	}
+	defer h.close()
+	return h.settle()
+}
+
+// problems returns all that is wrong, sorted by path.
+func (h *homeState) problems() []Problem {
+	f := &findings{h: h}
+	f.mode("", ".", h.home, 0o755) // New takes a home that is there as it is
+	f.mode("", linkDir, h.l, 0o700)
+	for name, err := range h.odd {
+		f.add("", name, err)
+	}
+	for _, l := range h.layers {
+		f.layer(l)
+	}
+	f.chains()
+	for name, link := range h.links {
+		f.link(name, link)
+	}
+	for _, name := range h.leftover {
+		f.add("", stagingDir+"/"+name, corrupt("left by a crash"))
+	}
+	slices.SortStableFunc(f.problems, func(a, b Problem) int {
+		return strings.Compare(a.Path+"\x00"+a.Err.Error(), b.Path+"\x00"+b.Err.Error())
+	})
+	return f.problems
+}
+
+// findings collects the problems of a home.
+type findings struct {
+	h        *homeState
 	problems []Problem
 }
 
-// Check reads the whole home and returns all that is not as docs/format.md says, sorted by
-// path; none for a home in order. It changes nothing. Layers that are made or removed
-// meanwhile may be reported.
-//
-// The error is of reading the home itself.
-func (d *Driver) Check() ([]Problem, error) {
-	c := checker{d: d, homefd: -1, lfd: -1, links: map[string]string{}, lowers: map[string][]string{}}
-	err := c.run()
-	for _, fd := range []int{c.homefd, c.lfd} {
-		if fd >= 0 {
-			err = errors.Join(err, sys.Close(fd))
-		}
-	}
-	if err != nil {
-		return nil, fmt.Errorf("check %s: %w", d.home, err)
-	}
-	slices.SortStableFunc(c.problems, func(a, b Problem) int { return strings.Compare(a.Path, b.Path) })
-	return c.problems, nil
+func (f *findings) add(id, path string, err error) {
+	f.problems = append(f.problems, Problem{ID: id, Path: path, Err: err})
 }
 
-func (c *checker) run() (err error) {
-	if c.homefd, err = sys.OpenRoot(c.d.home); err != nil {
-		return err
-	}
-	if c.lfd, err = sys.OpenDirat(c.homefd, linkDir); err != nil {
-		return fmt.Errorf("%s: %w", linkDir, err)
-	}
-	if err := c.eachName(c.homefd, c.checkHomeEntry); err != nil {
-		return err
-	}
-	c.checkChains()
-	if err := c.eachName(c.lfd, c.checkLinkEntry); err != nil {
-		return fmt.Errorf("%s: %w", linkDir, err)
-	}
-	return c.checkStaging()
-}
-
-// eachName calls f for each entry of the open directory.
-func (c *checker) eachName(fd int, f func(name string)) error {
-	return sys.ReadNames(fd, func(name string) bool { f(name); return true })
-}
-
-func (c *checker) report(id, path string, err error) {
-	c.problems = append(c.problems, Problem{ID: id, Path: path, Err: err})
-}
-
-// checkHomeEntry looks at one entry of the home.
-func (c *checker) checkHomeEntry(name string) {
-	if name == linkDir || name == stagingDir {
+// mode reports a mode that lets others in, or the owner not, and an owner who cannot be. Docker's
+// versions differ in the rest (0700, 0701, 0710, 0711).
+func (f *findings) mode(id, path string, file seenFile, usual uint32) {
+	if !file.there() {
 		return
 	}
-	if name == "backingFsBlockDev" { // Docker's device node for quotas
-		return
+	if wrongMode(file.perm(), usual) {
+		f.add(id, path, corrupt("mode is %04o, not %04o", file.perm(), usual))
 	}
-	l, err := openLayer(c.d.home, name)
-	if err != nil {
-		c.report("", name, err)
-		return
+	if !f.h.goodOwner(file.uid) {
+		f.add(id, path, corrupt("belongs to user %d", file.uid))
 	}
-	defer l.close()
-	c.checkLayer(l)
 }
 
-// checkLayer looks at the files of one layer.
-func (c *checker) checkLayer(l *layer) {
-	fail := func(name string, err error) {
+// wrongMode reports whether a mode is certainly not one that the driver, or Docker, gives a file of its own.
+func wrongMode(perm, usual uint32) bool {
+	owner, others := usual&0o600, uint32(0o066)&^usual
+	return perm&owner != owner || perm&others != 0
+}
+
+// layer looks at the files of one layer.
+func (f *findings) layer(l *seenLayer) {
+	at := func(name string, err error) {
 		if err != nil {
-			c.report(l.id, l.id+"/"+name, err)
+			f.add(l.id, l.id+"/"+name, err)
 		}
 	}
-	fail(diffName, l.checkDiff())
-	if link, err := l.link(); err != nil {
-		fail(linkName, err)
-	} else {
-		c.links[l.id] = link
-		target, err := sys.Readlinkat(c.lfd, link)
-		if err != nil {
-			fail(linkName, corrupt("%s/%s: %w", linkDir, link, err))
-		} else if incomplete, _ := l.has(incompleteName); target != linkTarget(l.id) && !(incomplete && target == incompleteTarget(l.id)) {
-			fail(linkName, corrupt("%s/%s leads to %q", linkDir, link, target))
+	f.mode(l.id, l.id, l.dir, 0o710)
+	at(diffName, notDir(l.diff))
+	switch target := f.h.links[l.link]; {
+	case l.linkErr != nil:
+		at(linkName, l.linkErr)
+	case target.id == l.id: // an incomplete one is reported with its marker
+		if target.target != linkTarget(l.id) && l.incomplete.absent() && !l.busy {
+			at(linkName, corrupt("%s/%s leads to %q", linkDir, l.link, target.target))
+		}
+	case target == (seenLink{}):
+		at(linkName, corrupt("%s/%s: %w", linkDir, l.link, unix.ENOENT))
+	case target.err != nil:
+		at(linkName, corrupt("%s/%s: %w", linkDir, l.link, target.err))
+	default:
+		at(linkName, corrupt("%s/%s leads to %q", linkDir, l.link, target.target))
+	}
+	at(lowerName, l.lowerErr)
+	if len(l.lowers) > 0 {
+		at(workName, notDir(l.work))
+	}
+	if l.committed.there() && (l.committed.kind() != unix.S_IFREG || l.committed.size != 0) {
+		at(committedName, corrupt("not an empty file"))
+	}
+	for name, file := range map[string]seenFile{linkName: l.linkFile, lowerName: l.lowerFile, committedName: l.committed} {
+		if file.is(unix.S_IFREG) {
+			f.mode(l.id, l.id+"/"+name, file, 0o644)
 		}
 	}
-	lowers, err := l.lowers()
-	fail(lowerName, err)
-	c.lowers[l.id] = lowers
-	if len(lowers) > 0 {
-		if err := sys.IsDirat(l.fd, workName); err != nil {
-			fail(workName, corrupt("%w", err))
-		}
+	if l.work.is(unix.S_IFDIR) && wrongMode(l.work.perm(), 0o700) {
+		at(workName, corrupt("mode is %04o, not 0700", l.work.perm()))
 	}
-	if incomplete, err := l.has(incompleteName); incomplete || err != nil {
-		fail(incompleteName, errors.Join(ErrIncomplete, err))
-	}
-	c.checkMerged(l)
-}
-
-// checkMerged reports a mount point on which nothing is mounted.
-func (c *checker) checkMerged(l *layer) {
-	has, err := l.has(mergedName)
-	if err == nil && !has {
+	if l.busy {
 		return
 	}
-	mounted := false
-	if err == nil {
-		mounted, err = l.mounted()
+	if !l.incomplete.absent() {
+		at(incompleteName, errors.Join(ErrIncomplete, l.incomplete.err))
 	}
+	at(mergedName, l.mergedErr)
+}
+
+// notDir returns ErrCorrupt unless the file is a directory.
+func notDir(f seenFile) error {
 	switch {
-	case err != nil:
-		c.report(l.id, l.id+"/"+mergedName, err)
-	case !mounted:
-		c.report(l.id, l.id+"/"+mergedName, corrupt("nothing is mounted there"))
+	case f.err != nil:
+		return corrupt("%w", f.err)
+	case f.kind() != unix.S_IFDIR:
+		return corrupt("%w", unix.ENOTDIR)
 	}
+	return nil
 }
 
-// checkChains looks at the chain of each layer: each link leads to a layer, a parent is
+// chains looks at the chain of each layer: each link leads to a layer, a parent is
 // committed, and its own chain is the rest of the child's.
-func (c *checker) checkChains() {
-	owners := make(map[string]string, len(c.links))
-	for id, link := range c.links {
-		if other, twice := owners[link]; twice {
-			c.report(id, id+"/"+linkName, corrupt("layer %s has the same link %s", other, link))
+func (f *findings) chains() {
+	owners := make(map[string]string, len(f.h.layers))
+	for id, l := range f.h.layers {
+		if l.link == "" {
+			continue
 		}
-		owners[link] = id
-	}
-	for id, lowers := range c.lowers {
-		for _, link := range lowers {
-			if _, ok := owners[link]; !ok {
-				c.report(id, id+"/"+lowerName, corrupt("no layer has the link %s", link))
+		if other, twice := owners[l.link]; twice {
+			f.add(id, id+"/"+linkName, corrupt("layer %s has the same link %s", other, l.link))
+			if f.h.links[l.link].id == other {
+				continue
 			}
 		}
-		if len(lowers) == 0 {
+		owners[l.link] = id
+	}
+	for id, l := range f.h.layers {
+		for _, link := range l.lowers {
+			if owner, ok := owners[link]; !ok {
+				f.add(id, id+"/"+lowerName, corrupt("no layer has the link %s", link))
+			} else if owner == id {
+				f.add(id, id+"/"+lowerName, corrupt("names the layer itself"))
+			}
+		}
+		if len(l.lowers) == 0 {
 			continue
 		}
-		parent, ok := owners[lowers[0]]
-		if !ok {
+		parent := f.h.layers[owners[l.lowers[0]]]
+		if parent == nil || parent == l {
 			continue
 		}
-		if !slices.Equal(c.lowers[parent], lowers[1:]) {
-			c.report(id, id+"/"+lowerName, corrupt("not the link and the chain of its parent %s", parent))
+		if !slices.Equal(parent.lowers, l.lowers[1:]) {
+			f.add(id, id+"/"+lowerName, corrupt("not the link and the chain of its parent %s", parent.id))
 		}
-		var st unix.Stat_t
-		if err := sys.Fstatat(c.homefd, parent+"/"+committedName, &st); err != nil {
-			c.report(parent, parent+"/"+committedName, corrupt("has child %s: %w", id, err))
+		if parent.committed.err != nil {
+			f.add(parent.id, parent.id+"/"+committedName, corrupt("has child %s: %w", f.h.firstChild(l.lowers[0]), parent.committed.err))
 		}
 	}
+	f.problems = slices.CompactFunc(slices.SortedFunc(slices.Values(f.problems), func(a, b Problem) int {
+		return strings.Compare(a.String(), b.String())
+	}), func(a, b Problem) bool { return a.String() == b.String() })
 }
 
-// checkLinkEntry reports a link that is no layer's.
-func (c *checker) checkLinkEntry(name string) {
-	path := linkDir + "/" + name
-	if !linkid.Valid(name) {
-		c.report("", path, corrupt("not the name of a link"))
-		return
+// firstChild returns the first layer, by ID, whose parent has this link.
+func (h *homeState) firstChild(link string) string {
+	first := ""
+	for id, l := range h.layers {
+		if len(l.lowers) > 0 && l.lowers[0] == link && (first == "" || id < first) {
+			first = id
+		}
 	}
-	target, err := sys.Readlinkat(c.lfd, name)
-	if err != nil {
-		c.report("", path, corrupt("%w", err))
-		return
-	}
-	id, err := parseLinkTarget(target)
-	if id == "" { // that a layer is incomplete is reported with its marker
-		c.report("", path, err)
-		return
-	}
-	if link, ok := c.links[id]; !ok {
-		c.report(id, path, corrupt("leads to layer %s, which is not there", id))
-	} else if link != name {
-		c.report(id, path, corrupt("layer %s has the link %s", id, link))
-	}
+	return first
 }
 
-// checkStaging reports what a crash left in the staging directory: layers that never
-// appeared, unless some process holds the lock and may be making them. Trash is in order: it
-// waits for deletion, here or in another process, and the next New goes on with it.
-func (c *checker) checkStaging() error {
-	fd, err := sys.OpenDirat(c.homefd, stagingDir)
-	if err != nil {
-		return ignoreAbsent(err) // a home that only Docker has used
-	}
-	defer func() { _ = sys.Close(fd) }()
-	alone := sys.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) == nil
-	return c.eachName(fd, func(name string) {
-		if alone && !strings.HasPrefix(name, trashPrefix) && !strings.HasPrefix(name, unsyncedPrefix) {
-			c.report("", stagingDir+"/"+name, corrupt("left by a crash"))
+// link reports an entry of l/ that is no layer's.
+func (f *findings) link(name string, link seenLink) {
+	path := linkPrefix + name
+	switch l := f.h.layers[link.id]; {
+	case !linkid.Valid(name):
+		f.add("", path, corrupt("not the name of a link"))
+	case link.err != nil:
+		f.add("", path, link.err)
+	case l == nil:
+		if !f.h.pending[name] {
+			f.add(link.id, path, corrupt("leads to layer %s, which is not there", link.id))
 		}
-	})
+	case l.link == "":
+		f.add(link.id, path, corrupt("layer %s does not say that this is its link", link.id))
+	case l.link != name:
+		f.add(link.id, path, corrupt("layer %s has the link %s", link.id, l.link))
+	}
 }

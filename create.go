@@ -129,7 +129,7 @@ func (d *Driver) parentChain(p *layer) ([]string, error) {
 	if ids[0] != p.id {
 		return nil, corrupt("%s: %s is the link of layer %s", linkName, own, ids[0])
 	}
-	return links, nil
+	return links, p.checkEnd(above)
 }
 
 // newLayer is a layer being made in the staging directory.

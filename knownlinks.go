@@ -3,6 +3,7 @@
 package overlay2
 
 import (
+	"errors"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -199,6 +200,9 @@ func (d *Driver) openChain(links []string) (*chain, error) {
 	lfd, err := sys.OpenRoot(d.home + "/" + linkDir)
 	if err != nil {
 		return nil, corrupt("%s: %w", linkDir, err)
+	}
+	if err := checkEnd(lfd, links); err != nil {
+		return nil, errors.Join(err, sys.Close(lfd))
 	}
 	return &chain{d: d, lfd: lfd, gen: d.known.generation(lfd), links: links, known: d.known.lookup(links)}, nil
 }

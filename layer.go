@@ -163,11 +163,16 @@ func (l *layer) link() (string, error) {
 	return string(data), nil
 }
 
-// lowers returns the links of the layer's ancestors, nearest first; none for a base layer.
+// lowers returns the links of the layer's ancestors, nearest first; none for a base layer. That is one
+// without a work directory: otherwise the file is lost, and the layer must not be shown without what is below.
 func (l *layer) lowers() ([]string, error) {
 	data, err := sys.ReadFileAt(l.fd, lowerName, maxLowerFile)
 	if err == unix.ENOENT {
-		return nil, nil
+		lost, err := l.has(workName)
+		if lost {
+			return nil, corrupt("%s: %w, although there is %s", lowerName, unix.ENOENT, workName)
+		}
+		return nil, err
 	}
 	if err != nil {
 		return nil, corrupt("%s: %w", lowerName, err)
@@ -260,7 +265,51 @@ func resolveLink(homefd, lfd int, link string) (k knownLink, err error) {
 	}
 	k.name = sys.MakeName(link)
 	k.diff, _ = sys.IdentFd(fd) // without, the next time is no quicker
-	return k, sys.Close(fd)
+	if err := sys.Close(fd); err != nil {
+		return k, err
+	}
+	return k, checkNamed(homefd, k.id, link)
+}
+
+// checkNamed returns ErrCorrupt if the layer says that another link is its own: then the one in l/ leads to
+// the wrong layer. That the file is lost says nothing.
+func checkNamed(homefd int, id, link string) error {
+	var buf [linkid.Length + 1]byte
+	data, err := sys.ReadStartAt(homefd, id+"/"+linkName, buf[:])
+	if exhausted(err) {
+		return fmt.Errorf("%s/%s: %w", id, linkName, err)
+	}
+	if err == nil && linkid.Valid(string(data)) && string(data) != link {
+		return corrupt("lower layer %s%s: leads to %s, whose link is %s", linkPrefix, link, id, data)
+	}
+	return nil
+}
+
+// checkEnd is the function checkEnd for links of the layer's chain.
+func (l *layer) checkEnd(links []string) error {
+	fd, err := sys.OpenRoot(l.home + "/" + linkDir)
+	if err != nil {
+		return corrupt("%s: %w", linkDir, err)
+	}
+	return errors.Join(checkEnd(fd, links), sys.Close(fd))
+}
+
+// checkEnd returns ErrCorrupt unless the last link of a chain is a base layer's: a lower file that was cut off between
+// two layers looks like a whole one. lfd is l/.
+func checkEnd(lfd int, links []string) error {
+	if len(links) == 0 {
+		return nil
+	}
+	last := links[len(links)-1]
+	var st unix.Stat_t
+	switch err := sys.Fstatat(lfd, last+"/../"+lowerName, &st); err {
+	case nil:
+		return corrupt("%s: ends with %s, which is not a base layer", lowerName, last)
+	case unix.ENOENT, unix.ENOTDIR, unix.ELOOP: // following the link strictly says what is wrong with it
+		return nil
+	default:
+		return fmt.Errorf("lower layer %s%s: %w", linkPrefix, last, err)
+	}
 }
 
 // diffPaths returns the host paths of the diff directories of layers.

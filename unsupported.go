@@ -154,3 +154,9 @@ func (d *Driver) Sync() error { return ErrNotSupported }
 
 // Check returns ErrNotSupported.
 func (d *Driver) Check() ([]Problem, error) { return nil, ErrNotSupported }
+
+// CheckHome returns ErrNotSupported.
+func CheckHome(string) ([]Problem, error) { return nil, ErrNotSupported }
+
+// Repair returns ErrNotSupported.
+func (d *Driver) Repair(RepairOpts) ([]Action, error) { return nil, ErrNotSupported }

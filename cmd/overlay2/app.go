@@ -56,7 +56,7 @@ func (a *app) command() *cobra.Command {
 
 Layers lie in ROOT/overlay2, in Docker's format; names and configs beside it.
 
-Exit codes: 0 done; 1 failed, or check found problems; 2 wrong usage; 3 not found;
+Exit codes: 0 done; 1 failed, or check or repair left problems; 2 wrong usage; 3 not found;
 4 exists already or is in use; 5 the image is damaged or cannot be read; 130 interrupted.`,
 		Args:          cobra.NoArgs,
 		SilenceErrors: true,
@@ -84,7 +84,7 @@ Exit codes: 0 done; 1 failed, or check found problems; 2 wrong usage; 3 not foun
 	cmd.AddCommand(
 		a.importCommand(), a.createCommand(), a.mountCommand(), a.umountCommand(), a.changesCommand(),
 		a.diffCommand(), a.commitCommand(), a.lsCommand(), a.treeCommand(), a.rmCommand(), a.infoCommand(),
-		a.checkCommand(), a.exportCommand(), a.verifyCommand(),
+		a.checkCommand(), a.repairCommand(), a.exportCommand(), a.verifyCommand(),
 	)
 	for _, c := range cmd.Commands() {
 		if args := c.Args; args != nil {

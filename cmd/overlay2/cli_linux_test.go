@@ -36,7 +36,7 @@ func TestExitCodes(t *testing.T) {
 	o.fails(exitUsage, "needs --to", "export", "x")
 	o.fails(exitUsage, "unknown compression", "export", "x", "--to", "y", "--compress", "xz")
 	o.fails(exitNotFound, "no such file", "import", "/nowhere/at/all")
-	for _, args := range [][]string{{"mount", "x"}, {"umount", "x"}, {"changes", "x"}, {"diff", "x"}, {"rm", "x"}, {"export", "x", "--to", "y"}, {"commit", "x", "--name", "y"}, {"check"}} {
+	for _, args := range [][]string{{"mount", "x"}, {"umount", "x"}, {"changes", "x"}, {"diff", "x"}, {"rm", "x"}, {"export", "x", "--to", "y"}, {"commit", "x", "--name", "y"}, {"check"}, {"repair"}} {
 		o.fails(exitNotFound, "not found", args...) // no root at all
 	}
 	o.do("import", shipped, "--name", "a")
@@ -94,6 +94,7 @@ func TestJSONShapes(t *testing.T) {
 		{"tree", "children children.children children.children.children children.children.children.children children.children.children.children.children"},
 		{"info", "driver images layers root status version"},
 		{"check", "problems"},
+		{"repair", "actions problems"},
 		{"export b --to " + out, "id layers manifest name repacked to"},
 		{"verify " + o.root + " " + o.root, "bytes differences directories files others symlinks"},
 		{"umount box", "id"},
@@ -116,7 +117,7 @@ func TestJSONShapes(t *testing.T) {
 		}
 	}
 	// Lists are lists when they are empty, too.
-	for cmd, list := range map[string]string{"ls": "layers", "check": "problems"} {
+	for cmd, list := range map[string]string{"ls": "layers", "check": "problems", "repair": "actions"} {
 		var v map[string]any
 		o.json(&v, cmd)
 		if l, ok := v[list].([]any); !ok || len(l) != 0 {

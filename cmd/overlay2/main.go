@@ -3,7 +3,7 @@
 // Command overlay2 keeps container images as overlay2 layers and works with them:
 // imports, mounts, shows changes, commits and exports.
 //
-// Exit codes: 0 done, 1 failed (also: check has found problems, verify a difference),
+// Exit codes: 0 done, 1 failed (also: check has found problems, repair left some, verify a difference),
 // 2 wrong usage, 3 no such image, layer or file, 4 the name is taken or the thing in use,
 // 5 the image is damaged or of a kind that cannot be read, 130 interrupted.
 package main

@@ -1,0 +1,325 @@
+//go:build linux
+
+package overlay2
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/bcc2decd/overlay2/internal/linkid"
+	"github.com/bcc2decd/overlay2/internal/sys"
+	"golang.org/x/sys/unix"
+)
+
+// homeState is what the metadata of a home were seen to be. Reading it changes nothing; what is
+// wrong with it (problems) and what would mend it (plan) are functions of it.
+type homeState struct {
+	path    string
+	homefd  int
+	lfd     int
+	home, l seenFile
+	layers  map[string]*seenLayer
+	odd     map[string]error    // what is no layer, by its name in the home
+	links   map[string]seenLink // what lies in l/, by name
+	// pending has the links of layers that are being made or deleted.
+	pending  map[string]bool
+	leftover []string // in staging, by a crash
+	alone    bool     // the caller holds the staging directory: nothing is being made
+	// unread is what the machine could not read. What is not known must not be taken for missing.
+	unread error
+}
+
+// seenFile is a file as lstat has it.
+type seenFile struct {
+	mode, uid uint32
+	size      int64
+	err       error
+}
+
+func (f seenFile) kind() uint32 { return f.mode & unix.S_IFMT }
+func (f seenFile) perm() uint32 { return f.mode & 0o7777 }
+func (f seenFile) absent() bool { return f.err == unix.ENOENT }
+func (f seenFile) there() bool  { return f.err == nil }
+func (f seenFile) is(kind uint32) bool {
+	return f.err == nil && f.kind() == kind
+}
+
+// seenLayer is what a layer's directory was seen to hold.
+type seenLayer struct {
+	id  string
+	dir seenFile
+	// busy says that a call is at work on the layer now, in whatever process.
+	busy bool
+
+	diff, work, merged, linkFile, lowerFile, committed, incomplete seenFile
+
+	link     string // "" if linkErr
+	linkErr  error
+	lowers   []string // none for a base layer, or if lowerErr
+	lowerErr error
+	rawLower string // what the file holds, if it is a file
+	// mergedErr is what is wrong with merged.
+	mergedErr error
+}
+
+// seenLink is an entry of l/.
+type seenLink struct {
+	target string
+	id     string // of the layer that the target names, "" if it names none
+	err    error  // why it is no link to a layer
+}
+
+// readHome reads the metadata of a home. The caller closes it.
+func readHome(path string) (_ *homeState, err error) {
+	h := &homeState{path: path, homefd: -1, lfd: -1, layers: map[string]*seenLayer{}, odd: map[string]error{}, links: map[string]seenLink{}}
+	defer func() {
+		if err != nil {
+			h.close() // the caller gets none
+		}
+	}()
+	if h.homefd, err = sys.OpenRoot(path); err != nil {
+		return nil, err
+	}
+	if h.lfd, err = sys.OpenDirat(h.homefd, linkDir); err != nil {
+		return nil, fmt.Errorf("%s: %w", linkDir, err)
+	}
+	h.home, h.l = h.stat(h.homefd, "."), h.stat(h.lfd, ".")
+	var names []string
+	if err := sys.ReadNames(h.homefd, func(name string) bool { names = append(names, name); return true }); err != nil {
+		return nil, err
+	}
+	for _, name := range names {
+		h.readEntry(name, false)
+	}
+	names = nil
+	if err := sys.ReadNames(h.lfd, func(name string) bool { names = append(names, name); return true }); err != nil {
+		return nil, fmt.Errorf("%s: %w", linkDir, err)
+	}
+	for _, name := range names {
+		h.readLink(name)
+	}
+	if err := h.readStaging(); err != nil {
+		return nil, err
+	}
+	return h, nil
+}
+
+func (h *homeState) close() {
+	for _, fd := range []int{h.homefd, h.lfd} {
+		if fd >= 0 {
+			_ = sys.Close(fd) // opened for reading: nothing can be lost
+		}
+	}
+}
+
+// stat looks at a file.
+func (h *homeState) stat(dirfd int, name string) seenFile {
+	var st unix.Stat_t
+	if err := sys.Fstatat(dirfd, name, &st); err != nil {
+		h.note(name, err)
+		return seenFile{err: err}
+	}
+	return seenFile{mode: st.Mode, uid: st.Uid, size: st.Size}
+}
+
+// note keeps an error that says nothing about what it is about.
+func (h *homeState) note(path string, err error) {
+	if exhausted(err) || err == unix.EACCES || err == unix.EPERM {
+		h.unread = errors.Join(h.unread, fmt.Errorf("%s: %w", path, err))
+	}
+}
+
+// readEntry reads one entry of the home. If locked, a layer is read under its lock, if that can be had.
+func (h *homeState) readEntry(name string, locked bool) {
+	if name == linkDir || name == stagingDir || name == "backingFsBlockDev" { // Docker's device node for quotas
+		return
+	}
+	delete(h.odd, name)
+	delete(h.layers, name)
+	l, err := openLayer(h.path, name)
+	if errors.Is(err, ErrLayerNotFound) {
+		return
+	}
+	if err != nil {
+		h.note(name, err)
+		h.odd[name] = err
+		return
+	}
+	defer l.close()
+	busy := false
+	if locked {
+		busy = !lockSoon(l.fd, unix.LOCK_SH, 100*time.Millisecond)
+	}
+	s := h.readLayer(l)
+	s.busy = busy
+	if !l.isThere() {
+		return // removed meanwhile
+	}
+	h.layers[name] = s
+}
+
+// isThere reports whether the layer is still that of its ID.
+func (l *layer) isThere() bool { return !errors.Is(l.gone(unix.ENOENT), ErrLayerNotFound) }
+
+// lockSoon takes a lock that others hold for moments only. If they do not let go it returns false.
+func lockSoon(fd, how int, within time.Duration) bool {
+	for wait, end := time.Millisecond, time.Now().Add(within); ; wait = min(2*wait, 10*time.Millisecond) {
+		err := sys.Flock(fd, how|unix.LOCK_NB)
+		if err == nil {
+			return true
+		}
+		if err != unix.EWOULDBLOCK || time.Now().After(end) {
+			return false
+		}
+		time.Sleep(wait)
+	}
+}
+
+// readLayer reads the files of one layer.
+func (h *homeState) readLayer(l *layer) *seenLayer {
+	s := &seenLayer{id: l.id, dir: h.stat(l.fd, ".")}
+	for name, f := range map[string]*seenFile{
+		diffName: &s.diff, workName: &s.work, mergedName: &s.merged, linkName: &s.linkFile, lowerName: &s.lowerFile,
+		committedName: &s.committed, incompleteName: &s.incomplete,
+	} {
+		if *f = h.stat(l.fd, name); f.err != nil && !f.absent() {
+			h.note(l.id+"/"+name, f.err)
+		}
+	}
+	if s.link, s.linkErr = l.link(); s.linkErr != nil {
+		h.note(l.id+"/"+linkName, s.linkErr)
+	}
+	if s.lowers, s.lowerErr = l.lowers(); s.lowerErr != nil {
+		h.note(l.id+"/"+lowerName, s.lowerErr)
+		if s.lowerFile.is(unix.S_IFREG) {
+			raw, err := sys.ReadFileAt(l.fd, lowerName, maxLowerFile)
+			h.note(l.id+"/"+lowerName, err)
+			s.rawLower = string(raw)
+		}
+	}
+	if !s.merged.absent() {
+		mounted, err := l.mounted()
+		switch {
+		case err != nil:
+			h.note(l.id+"/"+mergedName, err)
+			s.mergedErr = err
+		case !mounted:
+			s.mergedErr = corrupt("nothing is mounted there")
+		}
+	}
+	return s
+}
+
+// readLink reads one entry of l/.
+func (h *homeState) readLink(name string) {
+	delete(h.links, name)
+	target, err := sys.Readlinkat(h.lfd, name)
+	if err == unix.ENOENT {
+		return
+	}
+	s := seenLink{target: target}
+	switch {
+	case err != nil:
+		h.note(linkDir+"/"+name, err)
+		s.err = corrupt("not a link: %w", err)
+	default:
+		// That a layer is incomplete is reported with its marker.
+		if s.id, err = parseLinkTarget(target); s.id == "" {
+			s.err = err
+		}
+	}
+	h.links[name] = s
+}
+
+// readStaging reads what a crash left in the staging directory: layers that never appeared,
+// unless some process holds the lock and may be making them. Trash is in order: it
+// waits for deletion, here or in another process, and the next New goes on with it.
+func (h *homeState) readStaging() error {
+	h.leftover, h.pending = nil, map[string]bool{}
+	fd, err := sys.OpenDirat(h.homefd, stagingDir)
+	if err != nil {
+		return ignoreAbsent(err) // a home that only Docker has used
+	}
+	defer func() { _ = sys.Close(fd) }()
+	alone := h.alone || sys.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) == nil
+	return sys.ReadNames(fd, func(name string) bool {
+		if !alone {
+			if data, err := sys.ReadFileAt(fd, name+"/"+linkName, linkid.Length); err == nil {
+				h.pending[string(data)] = true
+			}
+		} else if !strings.HasPrefix(name, trashPrefix) && !strings.HasPrefix(name, unsyncedPrefix) {
+			h.leftover = append(h.leftover, name)
+		}
+		return true
+	})
+}
+
+// reread reads again, each under its lock, the layers and links that have problems, and those that
+// these have to do with.
+func (h *homeState) reread(problems []Problem) error {
+	ids, links := map[string]bool{}, map[string]bool{}
+	layer := func(id string) {
+		if id == "" || ids[id] {
+			return
+		}
+		ids[id] = true
+		if l := h.layers[id]; l != nil {
+			links[l.link] = true
+			for _, link := range l.lowers {
+				links[link] = true
+			}
+		}
+	}
+	for _, p := range problems {
+		layer(p.ID)
+		if link, ok := strings.CutPrefix(p.Path, linkPrefix); ok {
+			links[link] = true
+		} else if !strings.Contains(p.Path, "/") {
+			ids[p.Path] = true
+		}
+	}
+	delete(links, "")
+	for link := range links {
+		h.readLink(link)
+		layer(h.links[link].id)
+	}
+	h.unread = nil
+	for id := range ids {
+		h.readEntry(id, true)
+		if l := h.layers[id]; l != nil && l.link != "" {
+			h.readLink(l.link)
+		}
+	}
+	return h.readStaging()
+}
+
+// settlePause is how long a home is left alone before what looks wrong is read again.
+const settlePause = 20 * time.Millisecond
+
+// settle reads again what has problems until what is left cannot be what somebody is just doing: Docker
+// takes no locks, and a layer is not made or mounted by one call.
+func (h *homeState) settle() ([]Problem, error) {
+	problems := h.problems()
+	for n := 0; len(problems) != n; {
+		n = len(problems)
+		time.Sleep(settlePause)
+		if err := h.reread(problems); err != nil {
+			return nil, err
+		}
+		before := make(map[string]bool, len(problems))
+		for _, p := range problems {
+			before[p.String()] = true
+		}
+		problems = slices.DeleteFunc(h.problems(), func(p Problem) bool { return !before[p.String()] })
+	}
+	return problems, nil
+}
+
+// goodOwner reports whether a file of the driver's own may belong to uid: whoever owns the home, or runs this.
+func (h *homeState) goodOwner(uid uint32) bool {
+	return uid == h.home.uid || int(uid) == os.Geteuid() || !h.home.there()
+}
