@@ -69,6 +69,10 @@ test-processes: ## four processes on one home, one of them killed again and agai
 test-faults: ## let each system call of each call fail with each of five errors: minutes
 	OVERLAY2_TEST_FAULTS_ALL=1 $(GO) test -count=1 -timeout 60m -run '^TestFaults$$' -v $(TESTFLAGS) .
 
+.PHONY: test-docker
+test-docker: deps ## a home that Debian's dockerd and the library use in turns: a minute
+	OVERLAY2_TEST_REQUIRE=$(or $(OVERLAY2_TEST_REQUIRE),dockerd) $(GO) test -count=1 -run '^TestDocker' -v $(TESTFLAGS) .
+
 .PHONY: fuzz-quick
 fuzz-quick: ## run every fuzz test for FUZZTIME (20s)
 	@scripts/fuzz.sh $(FUZZTIME)

@@ -9,6 +9,7 @@ wanted=(
 	mkfs.ext4=e2fsprogs mkfs.xfs=xfsprogs mkfs.btrfs=btrfs-progs losetup=mount
 	getfattr=attr setcap=libcap2-bin tar=tar bsdtar=libarchive-tools zstd=zstd xz=xz-utils
 	gcc=gcc git=git shellcheck=shellcheck
+	dockerd=docker.io containerd=containerd runc=runc
 )
 
 packages=()

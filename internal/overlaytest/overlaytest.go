@@ -43,6 +43,7 @@ const requireEnv = "OVERLAY2_TEST_REQUIRE"
 //	selinux   SELinux is on
 //	quota     xfs has project quotas
 //	quota-ext4  ext4 has project quotas
+//	dockerd   Docker's daemon, its client, containerd and runc are installed
 //
 // A need that starts with "cmd:" is a program that must be in PATH, "cmd:mkfs.xfs".
 //

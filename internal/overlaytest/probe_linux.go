@@ -45,6 +45,8 @@ func probe(t testing.TB, need string) error {
 	case "selinux":
 		_, err := os.Stat("/sys/fs/selinux/enforce")
 		return err
+	case "dockerd":
+		return probeDockerd()
 	case "quota":
 		return probeQuota(t, "xfs")
 	case "quota-ext4":
