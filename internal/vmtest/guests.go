@@ -37,7 +37,7 @@ type guest struct {
 
 const (
 	needsBasic = "linux,root,proc,overlay,loop,mknod,userns,tmpfs"
-	needsAll   = needsBasic + ",ext4,xfs,btrfs,quota,quota-ext4,cmd:mkfs.ext4,cmd:mkfs.xfs,cmd:mkfs.btrfs"
+	needsAll   = needsBasic + ",ext4,xfs,btrfs,quota,quota-ext4,cmd:mkfs.ext4,cmd:mkfs.xfs,cmd:mkfs.btrfs,cmd:sh,cmd:stat"
 )
 
 // noTmpfs is for kernels before 6.6: their tmpfs has no user.* xattrs.
@@ -101,5 +101,5 @@ func moduleNames() []string {
 
 // guestTools are programs of the host that QEMU guests of its own kind get to see.
 func guestTools() []string {
-	return []string{"mkfs.ext4", "mkfs.xfs", "mkfs.btrfs", "tar", "unshare", "cat"}
+	return []string{"mkfs.ext4", "mkfs.xfs", "mkfs.btrfs", "tar", "unshare", "cat", "sh", "stat", "rm", "mkdir", "chown", "chmod", "ln"}
 }
