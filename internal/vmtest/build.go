@@ -34,7 +34,7 @@ func build(ctx context.Context, repo, out, arch string, prefixes []string) (test
 	}
 	out = filepath.Join(out, arch)
 	guestInit = filepath.Join(out, "guestinit")
-	if _, err := run("build", "-buildvcs=false", "-o", guestInit, "./internal/vmtest/guestinit"); err != nil {
+	if _, err := run("build", "-buildvcs=false", "-o", guestInit, "github.com/bcc2decd/overlay2/internal/vmtest/guestinit"); err != nil {
 		return nil, "", err
 	}
 	list, err := run("list", "-f", "{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}\t{{.Module.Path}}\t{{.Dir}}{{end}}", "./...")
