@@ -97,6 +97,16 @@ test-vm-ci: ## what .ci/run runs in guests: quotas, and the driver where kernels
 test-vm-all: ## the same in all guests: SELinux on, pages of 64 KiB too
 	$(GO) run ./internal/vmtest -all $(VMFLAGS)
 
+.PHONY: test-clients
+test-clients: ## real clients: Debian's dockerd on this library by a plugin; CLIENTS=all kills more often (minutes)
+	@scripts/deps.sh clients
+	cd graphdriver && OVERLAY2_TEST_CLIENTS=$(or $(CLIENTS),quick) OVERLAY2_TEST_REQUIRE=root,clients,dockerd \
+		$(GO) test -count=1 -timeout 60m -run '^TestDockerd$$' -v $(TESTFLAGS) ./internal/plugin
+
+.PHONY: test-vm-graphdriver
+test-vm-graphdriver: ## moby's driver suite in guests, its quota test included
+	$(GO) run ./internal/vmtest -repo graphdriver -pkg . $(VMFLAGS)
+
 .PHONY: bench-quick
 bench-quick: ## this library beside its peers and the limits on a small layer: a few minutes
 	cd benchmarks && $(GO) run . -quick $(BENCHFLAGS)

@@ -6,6 +6,7 @@ replace github.com/bcc2decd/overlay2 => ../
 
 require (
 	github.com/bcc2decd/overlay2 v0.0.0-00010101000000-000000000000
+	github.com/klauspost/compress v1.19.2
 	github.com/moby/go-archive v0.3.3
 	github.com/moby/moby/v2 v2.0.0-beta.24
 	github.com/moby/sys/user v0.4.1
@@ -20,7 +21,6 @@ require (
 	github.com/cyphar/filepath-securejoin v0.6.1 // indirect
 	github.com/docker/go-units v0.5.0 // indirect
 	github.com/google/go-cmp v0.7.0 // indirect
-	github.com/klauspost/compress v1.19.2 // indirect
 	github.com/moby/patternmatcher v0.6.1 // indirect
 	github.com/moby/sys/mount v0.3.5 // indirect
 	github.com/moby/sys/mountinfo v0.7.3 // indirect
