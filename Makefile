@@ -98,8 +98,7 @@ test-vm-all: ## the same in all guests: SELinux on, pages of 64 KiB too
 	$(GO) run ./internal/vmtest -all $(VMFLAGS)
 
 .PHONY: test-clients
-test-clients: ## real clients: Debian's dockerd on this library by a plugin; CLIENTS=all kills more often (minutes)
-	@scripts/deps.sh clients
+test-clients: deps ## real clients: Debian's dockerd on this library by a plugin; CLIENTS=all kills more often (minutes)
 	cd graphdriver && OVERLAY2_TEST_CLIENTS=$(or $(CLIENTS),quick) OVERLAY2_TEST_REQUIRE=root,clients,dockerd \
 		$(GO) test -count=1 -timeout 60m -run '^TestDockerd$$' -v $(TESTFLAGS) ./internal/plugin
 

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
 )
 
 // The limits of what a program takes on that imports this package. Raise them only for what is worth that to all who
@@ -19,6 +21,7 @@ const (
 // TestImportingWeight: how many modules a program links that imports this package, and how large it is.
 // The peers' figures are in docs/performance.md, "As a dependency".
 func TestImportingWeight(t *testing.T) {
+	overlaytest.Require(t, "cmd:go")
 	dir := t.TempDir()
 	main, program := filepath.Join(dir, "main.go"), filepath.Join(dir, "program")
 	const source = `package main

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Installs by apt-get what the tests and checks call and this machine lacks. Does nothing, and needs no
 # network, when all is there. Without root or apt-get it only tells: tests that need
-# a missing program are skipped with its name. `deps.sh clients` installs Docker too.
+# a missing program are skipped with its name.
 set -euo pipefail
 
 # program=package
@@ -11,8 +11,6 @@ wanted=(
 	gcc=gcc git=git shellcheck=shellcheck
 	dockerd=docker.io containerd=containerd runc=runc
 )
-# Real clients, which only `make test-clients` needs.
-[ "${1:-}" != clients ] || wanted+=(dockerd=docker.io)
 
 packages=()
 for w in "${wanted[@]}"; do
