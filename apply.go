@@ -27,7 +27,7 @@ const (
 //
 // If it does not end well the error names the entry, and the layer is ErrIncomplete
 // for every other call until it is removed or a diff is applied to it again; after a
-// crash too. A layer with children is ErrLayerInUse. One that this Driver has mounted is filled through
+// crash too. A layer with children, an open Diff or a view is ErrLayerInUse. One that this Driver has mounted is filled through
 // the mount: who reads it there meanwhile sees it grow.
 func (d *Driver) ApplyDiff(id, parent string, diff io.Reader) (int64, error) {
 	size, err := d.applyDiff(id, parent, diff)
@@ -84,6 +84,11 @@ func (d *Driver) beginApply(l *layer, state *layerState, parent bool) (mounted b
 	if mounted, err = d.checkFillable(l, state); err != nil {
 		return false, err
 	}
+	unread, err := l.refuseReaders()
+	if err != nil {
+		return false, err
+	}
+	defer unread.drop() // then it is incomplete, which readers look at
 	s, err := d.openStaging()
 	if err != nil {
 		return false, err

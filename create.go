@@ -344,9 +344,6 @@ func (d *Driver) remove(id string) error {
 	if state.mounts > 0 {
 		return fmt.Errorf("%w: mounted", ErrLayerInUse)
 	}
-	if d.layers.hasReaders(state) {
-		return fmt.Errorf("%w: a diff or a view of it is open", ErrLayerInUse)
-	}
 	// Another process that is making a child holds the lock shared, for moments.
 	if err := l.lockHere(); errors.Is(err, ErrLayerNotFound) {
 		return nil // another process was quicker
@@ -356,6 +353,11 @@ func (d *Driver) remove(id string) error {
 	if err := l.checkUnused(); err != nil {
 		return err
 	}
+	unread, err := l.refuseReaders()
+	if err != nil {
+		return err
+	}
+	defer unread.drop()
 	s, err := d.openStaging()
 	if err != nil {
 		return err

@@ -91,10 +91,19 @@ func (d *Driver) compareNative(id, parent string) (_ *comparison, err error) {
 	}
 	defer l.close()
 	defer func() { err = l.gone(err) }()
+	reader, err := l.joinReaders()
+	if err != nil {
+		return nil, err
+	}
+	c := &comparison{dir: l.path(diffName), close: func() error { reader.drop(); return nil }}
+	defer func() {
+		if err != nil || !c.native {
+			reader.drop()
+		}
+	}()
 	if err := l.checkWhole(); err != nil {
 		return nil, err
 	}
-	c := &comparison{dir: l.path(diffName)}
 	if c.lowers, c.native, err = d.pair(l, parent); err != nil {
 		return nil, err
 	}
@@ -102,8 +111,6 @@ func (d *Driver) compareNative(id, parent string) (_ *comparison, err error) {
 		if c.final, err = l.final(state); err != nil {
 			return nil, err
 		}
-		d.layers.addReader(state)
-		c.close = func() error { d.layers.dropReader(id, state); return nil }
 	}
 	return c, nil
 }
@@ -113,7 +120,7 @@ func (d *Driver) compareNative(id, parent string) (_ *comparison, err error) {
 // compared. The same layer gives the same bytes.
 //
 // The stream ends with io.EOF only if it is whole. It can be closed at any time, and must
-// be; until then the layer cannot be removed. It is an io.WriterTo.
+// be; until then the layer cannot be removed or filled, by other processes neither. It is an io.WriterTo.
 func (d *Driver) Diff(id, parent string) (io.ReadCloser, error) {
 	r, err := d.diff(id, parent)
 	if err != nil {

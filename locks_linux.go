@@ -22,9 +22,6 @@ type layerState struct {
 	owners archive.IDMap
 	// use is held while mounts is more than 0. Protected by mu.
 	use *use
-	// readers counts the open streams of Diff. Protected by layerTable.mu, as they
-	// are closed without the layer's lock.
-	readers int
 }
 
 // layerTable holds the states of a Driver's layers.
@@ -56,7 +53,7 @@ func (t *layerTable) acquire(id string) *layerState {
 func (t *layerTable) release(id string, s *layerState) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if s.users--; s.users == 0 && s.mounts == 0 && s.readers == 0 {
+	if s.users--; s.users == 0 && s.mounts == 0 {
 		delete(t.states, id)
 	}
 }
@@ -119,27 +116,4 @@ func (t *layerTable) ids() []string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return slices.Collect(maps.Keys(t.states))
-}
-
-// addReader counts an open stream of a layer whose lock the caller holds.
-func (t *layerTable) addReader(s *layerState) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	s.readers++
-}
-
-// dropReader is called when the stream is closed.
-func (t *layerTable) dropReader(id string, s *layerState) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if s.readers--; s.users == 0 && s.mounts == 0 && s.readers == 0 {
-		delete(t.states, id)
-	}
-}
-
-// hasReaders reports whether a stream of the layer is open.
-func (t *layerTable) hasReaders(s *layerState) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return s.readers > 0
 }

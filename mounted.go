@@ -15,7 +15,7 @@ import (
 
 // Mount is a read-only view of a layer, held by a descriptor and in no mount table: no path
 // can leak it, and it is gone when it is closed or when the process dies. The layer cannot be
-// removed while it is open.
+// removed, nor a diff be applied to it, while it is open, by other processes neither.
 type Mount struct {
 	id    string
 	close func() // gives the layer back
@@ -39,20 +39,30 @@ func (d *Driver) Mount(id string, opts MountOpts) (*Mount, error) {
 	return m, nil
 }
 
-func (d *Driver) view(id string, opts MountOpts) (*Mount, error) {
+func (d *Driver) view(id string, opts MountOpts) (_ *Mount, err error) {
 	if err := errors.Join(checkMountLabel(opts.Label), d.checkMap(opts.IDMap)); err != nil {
 		return nil, err
 	}
 	if err := checkID(id); err != nil {
 		return nil, err
 	}
-	state, unlock := d.layers.lock(id)
+	_, unlock := d.layers.lock(id)
 	defer unlock()
 	l, err := openLayer(d.home, id)
 	if err != nil {
 		return nil, err
 	}
 	defer l.close()
+	defer func() { err = l.gone(err) }()
+	reader, err := l.joinReaders()
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			reader.drop()
+		}
+	}()
 	if err := errors.Join(l.checkWhole(), d.checkSynced(l)); err != nil {
 		return nil, err
 	}
@@ -63,8 +73,7 @@ func (d *Driver) view(id string, opts MountOpts) (*Mount, error) {
 	if err != nil {
 		return nil, err
 	}
-	d.layers.addReader(state)
-	return &Mount{id: id, fd: fd, close: func() { d.layers.dropReader(id, state) }}, nil
+	return &Mount{id: id, fd: fd, close: reader.drop}, nil
 }
 
 // viewLayer returns a descriptor of a detached, read-only mount of the layer.

@@ -1,9 +1,11 @@
 package overlay2
 
 import (
+	"archive/tar"
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -87,7 +89,7 @@ func processStep(t *testing.T, d *Driver, busy *processLocks, id string) (err er
 		defer m.Unlock()
 		return errOf(d.ApplyDiff(id, parent, bytes.NewReader(processTar(t, id))))
 	}
-	switch rand.IntN(6) {
+	switch rand.IntN(7) {
 	case 0, 1:
 		if err = d.Create(id, parent, nil); err == nil {
 			err = fill()
@@ -101,6 +103,8 @@ func processStep(t *testing.T, d *Driver, busy *processLocks, id string) (err er
 		err = processRead(d, id)
 	case 5:
 		err = d.Remove(id)
+	case 6:
+		err = processDiff(d, id, parent)
 	}
 	for _, expected := range []error{ErrLayerExists, ErrLayerNotFound, ErrLayerInUse, ErrIncomplete} {
 		if errors.Is(err, expected) {
@@ -108,6 +112,39 @@ func processStep(t *testing.T, d *Driver, busy *processLocks, id string) (err er
 		}
 	}
 	return err
+}
+
+// processDiff reads a layer's diff slowly: it is whole, or nothing yet, whoever removes and fills the layer meanwhile.
+func processDiff(d *Driver, id, parent string) error {
+	diff, err := d.Diff(id, parent)
+	if err != nil {
+		return err
+	}
+	got := map[string]string{}
+	err = func() error {
+		for tr := tar.NewReader(diff); ; {
+			h, err := tr.Next()
+			if err == io.EOF {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			data, err := io.ReadAll(tr)
+			if err != nil {
+				return err
+			}
+			got[h.Name] = string(data)
+			time.Sleep(time.Duration(rand.IntN(2000)) * time.Microsecond)
+		}
+	}()
+	if err := errors.Join(err, diff.Close()); err != nil {
+		return fmt.Errorf("diff: %w", err)
+	}
+	if len(got) > 1 && (got["name"] != id || got["dir/big"] != strings.Repeat(id, 3000) || got["of-"+id] != id) {
+		return fmt.Errorf("diff of %s has %d names, name holds %q", id, len(got), got["name"])
+	}
+	return nil
 }
 
 // processRead mounts a layer and compares what it sees: whole layers only, of the whole chain.

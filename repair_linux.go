@@ -250,6 +250,11 @@ func (r *repairer) discardLayer(id string) error {
 		if err := l.checkUnused(); err != nil {
 			return err
 		}
+		unread, err := l.refuseReaders()
+		if err != nil {
+			return err
+		}
+		defer unread.drop()
 		if mounted, err := l.mounted(); err != nil || mounted {
 			return errors.Join(ErrLayerInUse, err)
 		}

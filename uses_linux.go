@@ -15,8 +15,11 @@ import (
 // LOCK_EX there is the only user, and what is mounted then is his, or a dead process's.
 // The lock of the layer's directory, held for moments, is taken first: so nobody gets a
 // layer while another finds out that he is the only one and unmounts it.
+//
+// Who reads a layer's files, an open Diff or a view, holds LOCK_SH on its link file instead: he
+// neither has it mounted nor keeps anybody from mounting it, but it must not be removed or filled.
 
-// use is a layer's lock of its users.
+// use is a lock of those who use a layer, or read it.
 type use struct{ fd int }
 
 // lockHere locks the layer's directory for writing. If another process has removed the layer
@@ -25,6 +28,11 @@ func (l *layer) lockHere() error {
 	if err := sys.Flock(l.fd, unix.LOCK_EX); err != nil {
 		return err
 	}
+	return l.checkHere()
+}
+
+// checkHere returns ErrLayerNotFound if the layer was removed since it was opened.
+func (l *layer) checkHere() error {
 	var mine, there unix.Stat_t
 	if err := sys.Fstat(l.fd, &mine); err != nil {
 		return err
@@ -39,18 +47,51 @@ func (l *layer) lockHere() error {
 // gone returns err, or ErrLayerNotFound if the layer was removed by another process meanwhile: then
 // that is why something was missing.
 func (l *layer) gone(err error) error {
-	if !errors.Is(err, unix.ENOENT) {
-		return err
-	}
-	var mine, there unix.Stat_t
-	if sys.Fstat(l.fd, &mine) != nil {
-		return err
-	}
-	err2 := sys.Fstatat(unix.AT_FDCWD, l.home+"/"+l.id, &there)
-	if err2 == unix.ENOENT || err2 == nil && (mine.Ino != there.Ino || mine.Dev != there.Dev) {
+	if errors.Is(err, unix.ENOENT) && errors.Is(l.checkHere(), ErrLayerNotFound) {
 		return ErrLayerNotFound
 	}
 	return err
+}
+
+// joinReaders keeps the layer from being removed, and from being filled, until drop. It waits for who is
+// about to do either: whether the layer is whole is to be asked afterwards.
+func (l *layer) joinReaders() (*use, error) {
+	fd, err := l.openLink()
+	if err != nil {
+		return nil, corrupt("%s: %w", linkName, err)
+	}
+	u := &use{fd: fd}
+	if err := errors.Join(sys.Flock(fd, unix.LOCK_SH), l.checkHere()); err != nil {
+		u.drop()
+		return nil, err
+	}
+	return u, nil
+}
+
+// refuseReaders returns ErrLayerInUse if somebody reads the layer, in this process too. Until drop
+// nobody begins to.
+func (l *layer) refuseReaders() (*use, error) {
+	fd, err := l.openLink()
+	if exhausted(err) {
+		return nil, fmt.Errorf("%s: %w", linkName, err)
+	}
+	if err != nil {
+		return nil, nil //nolint:nilerr // what is damaged nobody can read
+	}
+	u := &use{fd: fd}
+	if err := sys.Flock(fd, unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		u.drop()
+		if err == unix.EWOULDBLOCK {
+			err = fmt.Errorf("%w: a diff or a view of it is open", ErrLayerInUse)
+		}
+		return nil, err
+	}
+	return u, nil
+}
+
+// openLink opens the layer's link file for a lock, whatever it is.
+func (l *layer) openLink() (int, error) {
+	return sys.Openat(l.fd, linkName, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
 }
 
 // joinUse counts this process among the users of a layer, until drop. Alone is true if there
@@ -85,9 +126,11 @@ func (u *use) alone() (bool, error) {
 	return err == nil, err
 }
 
-// drop ends the use.
+// drop ends the use. More than the descriptor has to go: a child between fork and exec has a copy, which would
+// keep the lock for as long.
 func (u *use) drop() {
 	if u != nil {
+		_ = sys.Flock(u.fd, unix.LOCK_UN)
 		_ = sys.Close(u.fd) // opened for reading: nothing can be lost
 	}
 }
@@ -102,11 +145,12 @@ func (l *layer) checkUnused() error {
 	if err != nil {
 		return nil //nolint:nilerr // what is damaged nobody can get
 	}
+	defer (&use{fd: fd}).drop()
 	err = sys.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
 	if err == unix.EWOULDBLOCK {
 		err = fmt.Errorf("%w: by another process", ErrLayerInUse)
 	}
-	return errors.Join(err, sys.Close(fd))
+	return err
 }
 
 // endUse is called when the last use of this process ends. It calls unmount if no other

@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"sync"
 	"testing"
 
 	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
 )
 
 // die makes what a Driver has got look like that of a dead process to other Drivers.
@@ -58,6 +60,63 @@ func TestSharedUse(t *testing.T) {
 	must(t, a.Put("plain"))
 	must(t, b.Remove("plain"))
 	must(t, a.Remove("box"))
+}
+
+// TestSharedReaders: what one process reads another one neither removes nor fills, but may use and give back.
+func TestSharedReaders(t *testing.T) {
+	a := newTestDriver(t, t.TempDir(), Options{})
+	b := openTestDriver(t, a.home, Options{}) // as another process: it shares no memory
+	content := makeTar(t, file("name", "one"))
+	apply(t, a, "base", "", content)
+	readers := map[string]func(id string) (io.Closer, error){
+		"diff":  func(id string) (io.Closer, error) { return a.Diff(id, "base") },
+		"files": func(id string) (io.Closer, error) { return a.Files(id) },
+		"view":  func(id string) (io.Closer, error) { return a.Mount(id, MountOpts{}) },
+	}
+	for name, open := range readers {
+		id := "read-by-" + name
+		must(t, a.CreateReadWrite(id, "base", nil))
+		_, err := a.ApplyDiff(id, "base", bytes.NewReader(content))
+		must(t, err)
+		first, err := open(id)
+		must(t, err)
+		second, err := open(id)
+		must(t, err)
+		for _, d := range []*Driver{a, b} {
+			wantErr(t, d.Remove(id), ErrLayerInUse)
+			wantErr(t, errOf(d.ApplyDiff(id, "base", bytes.NewReader(content))), ErrLayerInUse)
+		}
+		path, err := b.Get(id, "")
+		must(t, err)
+		must(t, b.Put(id))
+		if mounted, err := mountinfo.Mounted(path); err == nil && mounted {
+			t.Errorf("%s: a reader keeps the layer mounted", id)
+		}
+		must(t, first.Close())
+		wantErr(t, b.Remove(id), ErrLayerInUse)
+		must(t, second.Close())
+		_, err = b.ApplyDiff(id, "base", bytes.NewReader(content))
+		must(t, err)
+		must(t, b.Remove(id))
+		_, err = open(id)
+		wantErr(t, err, ErrLayerNotFound)
+	}
+}
+
+// TestUseForked: a child between fork and exec has copies of all descriptors. They keep no lock that was given up.
+func TestUseForked(t *testing.T) {
+	d := newTestDriver(t, t.TempDir(), Options{})
+	must(t, d.Create("base", "", nil))
+	must(t, d.CreateReadWrite("box", "base", nil))
+	_, err := d.Get("box", "")
+	must(t, err)
+	state, unlock := d.layers.lock("box")
+	fd, err := unix.FcntlInt(uintptr(state.use.fd), unix.F_DUPFD_CLOEXEC, 0)
+	unlock()
+	must(t, err)
+	defer func() { must(t, unix.Close(fd)) }()
+	must(t, d.Put("box"))
+	must(t, d.Remove("box"))
 }
 
 // TestSharedUseRace: many users in several processes, each writing while it has the layer.
