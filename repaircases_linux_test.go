@@ -267,6 +267,7 @@ func TestRepairKilled(t *testing.T) {
 			must(t, err)
 			overlaytest.Compare(t, trees[id], got)
 		}
+		must(t, d.Cleanup()) // which lets go of the layers' directories
 		must(t, os.RemoveAll(copied))
 		if !killed || t.Failed() {
 			t.Logf("%d kills", call-1)
