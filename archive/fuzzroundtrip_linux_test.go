@@ -19,36 +19,42 @@ func FuzzRoundTrip(f *testing.F) {
 	f.Add([]byte("\x01\x01a\xff\x05\x01b\x00\x08\x01b\x20\x08\x01a\x77"), []byte("\x06\x01a\x00\x01a\x01\x03a/b\x03"))
 	f.Add([]byte("\x00\x01d\x00\x03d/e\x01\x05d/e/f\x11"), []byte("\x00\x01d\x09\x01d\x01\x03d/x\x01"))
 	f.Fuzz(func(t *testing.T, lower, upper []byte) {
-		base := overlaytest.MountFS(t, overlaytest.FS{Name: "tmpfs", Size: 64 << 20})
-		path := func(name string) string { return filepath.Join(base, name) }
-		for dir, program := range map[string][]byte{"low": lower, "up": upper} {
-			must(t, os.Mkdir(path(dir), 0o755))
-			grow(t, path(dir), program, dir == "up")
-		}
-		b := packed(t, path("low"), PackOptions{})
-		unpackInto(t, path("low2"), b, UnpackOptions{})
-		overlaytest.Compare(t, overlaytest.Tree(t, path("low"), overlaytest.NoRootTime), overlaytest.Tree(t, path("low2"), overlaytest.NoRootTime))
-		if !bytes.Equal(packed(t, path("low2"), PackOptions{}), b) {
-			t.Error("the unpacked tree gives another tar")
-		}
-		lowers := []string{path("low")}
-		b = packed(t, path("up"), PackOptions{Lowers: lowers})
-		unpackInto(t, path("up2"), b, UnpackOptions{Lowers: lowers})
-		if again := packed(t, path("up2"), PackOptions{Lowers: lowers}); !bytes.Equal(again, b) {
-			t.Errorf("the unpacked layer gives another tar:\n%s", overlaytest.Diff(listed(t, b), listed(t, again)))
-		}
-		one, err := Changes(context.Background(), path("up"), ReadOptions{Lowers: lowers})
-		must(t, err)
-		other, err := Changes(context.Background(), path("up2"), ReadOptions{Lowers: lowers})
-		must(t, err)
-		if d := overlaytest.Diff(changeText(one), changeText(other)); d != "" {
-			t.Errorf("the unpacked layer has other changes:\n%s", d)
-		}
-		bare := mountedTree(t, base, path("up"), path("low"))
-		if d := overlaytest.Diff(bare, mountedTree(t, base, path("up2"), path("low"))); d != "" {
-			t.Errorf("mounted trees differ:\n%s", d)
-		}
+		watched(t, func() { roundTrip(t, lower, upper) })
 	})
+}
+
+// roundTrip makes the two trees, and holds that the tar of each gives it again.
+func roundTrip(t *testing.T, lower, upper []byte) {
+	t.Helper()
+	base := overlaytest.MountFS(t, overlaytest.FS{Name: "tmpfs", Size: 64 << 20})
+	path := func(name string) string { return filepath.Join(base, name) }
+	for dir, program := range map[string][]byte{"low": lower, "up": upper} {
+		must(t, os.Mkdir(path(dir), 0o755))
+		grow(t, path(dir), program, dir == "up")
+	}
+	b := packed(t, path("low"), PackOptions{})
+	unpackInto(t, path("low2"), b, UnpackOptions{})
+	overlaytest.Compare(t, overlaytest.Tree(t, path("low"), overlaytest.NoRootTime), overlaytest.Tree(t, path("low2"), overlaytest.NoRootTime))
+	if !bytes.Equal(packed(t, path("low2"), PackOptions{}), b) {
+		t.Error("the unpacked tree gives another tar")
+	}
+	lowers := []string{path("low")}
+	b = packed(t, path("up"), PackOptions{Lowers: lowers})
+	unpackInto(t, path("up2"), b, UnpackOptions{Lowers: lowers})
+	if again := packed(t, path("up2"), PackOptions{Lowers: lowers}); !bytes.Equal(again, b) {
+		t.Errorf("the unpacked layer gives another tar:\n%s", overlaytest.Diff(listed(t, b), listed(t, again)))
+	}
+	one, err := Changes(context.Background(), path("up"), ReadOptions{Lowers: lowers})
+	must(t, err)
+	other, err := Changes(context.Background(), path("up2"), ReadOptions{Lowers: lowers})
+	must(t, err)
+	if d := overlaytest.Diff(changeText(one), changeText(other)); d != "" {
+		t.Errorf("the unpacked layer has other changes:\n%s", d)
+	}
+	bare := mountedTree(t, base, path("up"), path("low"))
+	if d := overlaytest.Diff(bare, mountedTree(t, base, path("up2"), path("low"))); d != "" {
+		t.Errorf("mounted trees differ:\n%s", d)
+	}
 }
 
 // mountedTree tells what an overlay shows, without names that cannot be read: a whiteout where
