@@ -11,8 +11,11 @@ import (
 const (
 	blockSize = 512
 	// chunkSize is a multiple of blockSize: a chunk begins at a block, so that no header
-	// is ever cut by a chunk's end.
-	chunkSize = 1 << 20
+	// is ever cut by a chunk's end. Larger ones gain nothing and cost memory (docs/performance.md).
+	chunkSize = 256 << 10
+	// firstChunk is the size of the first chunk, and most layers of a build need no other; each
+	// further one is twice as large as the one before, up to chunkSize.
+	firstChunk = 64 << 10
 	// maxEmptyReads is the number of reads in a row that may give nothing.
 	maxEmptyReads = 100
 )

@@ -245,8 +245,9 @@ func (u *unpacker) alloc() (*chunk, error) {
 	case c = <-u.free:
 	default:
 		if u.made < maxChunks {
+			size := min(chunkSize, firstChunk<<u.made)
 			u.made++
-			c = &chunk{buf: make([]byte, chunkSize), free: func(c *chunk) { u.free <- c }}
+			c = &chunk{buf: make([]byte, size), free: func(c *chunk) { u.free <- c }}
 			break
 		}
 		select {
