@@ -66,7 +66,7 @@ test-processes: ## four processes on one home, one of them killed again and agai
 	OVERLAY2_TEST_DURATION=$(or $(DURATION),5m) $(GO) test -count=1 -timeout 60m -run '^TestProcesses$$' -v $(TESTFLAGS) .
 
 .PHONY: test-faults
-test-faults: ## let each system call of each call fail with each of five errors: minutes
+test-faults: ## let each system call of each call fail with each of six errors: minutes
 	OVERLAY2_TEST_FAULTS_ALL=1 $(GO) test -count=1 -timeout 60m -run '^TestFaults$$' -v $(TESTFLAGS) .
 
 .PHONY: test-docker

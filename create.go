@@ -392,9 +392,9 @@ func (d *Driver) removeUnused(l *layer, s *staging, links []string) error {
 	for _, link := range links {
 		d.sizes.Delete(link)
 		d.known.forget(link)
-		if err := removeDangling(s.homefd, link); err != nil {
-			return err // the layer is gone; New reads in the trash which link to remove
-		}
+		// The layer is gone. If its link stays it is removed before the files are deleted, which
+		// say what it is, in the background or by the next New.
+		_ = removeDangling(s.homefd, link)
 	}
 	d.trash.add(d, trashName)
 	if d.opts.Durability == DurabilityStrict {

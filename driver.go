@@ -174,11 +174,12 @@ func (d *Driver) openHome() (err error) {
 	if err != nil {
 		return err
 	}
-	d.facts, err = probe(filepath.Join(d.home, stagingDir), d.opts)
+	d.facts, err = d.probeHome()
 	s.close()
 	if err != nil {
 		return err
 	}
+	d.known.maxHeld = heldDirs()
 	if !d.facts.fineTimes {
 		d.known.settle = settleTime
 	}
@@ -295,6 +296,7 @@ func (d *Driver) Cleanup() error {
 	if err != nil {
 		err = fmt.Errorf("cleanup %s: %w", d.home, err)
 	}
+	d.trash.add(d) // what could not be deleted
 	d.trash.wait()
 	d.handOver()
 	d.known.forgetAll()

@@ -208,6 +208,8 @@ func (r *replay) mend(link string) error {
 	}
 	defer l.close()
 	switch own, err := l.link(); {
+	case exhausted(err):
+		return fmt.Errorf("%s: %w", l.id, err) // it may be another layer's
 	case err != nil:
 		if err := r.rewrite(l, linkName, link); err != nil {
 			return err

@@ -128,7 +128,7 @@ func killAtCall(t *testing.T, exe, home string, step step, call int) int {
 	d.trash.wait()
 	allowed := []string{step.after}
 	if total < 0 {
-		allowed = append(allowed, step.before)
+		allowed = append(append(allowed, step.before), step.between...)
 	}
 	state := s.verifyAfter(t, d, step, allowed...)
 	s.verifyOthers(t, d)

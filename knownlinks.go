@@ -15,8 +15,10 @@ import (
 const (
 	// maxKnownLinks bounds the memory of knownLinks: some hundred bytes each.
 	maxKnownLinks = 1 << 14
-	// maxHeldDirs bounds the directories that knownLinks holds open.
-	maxHeldDirs = 1024
+	// maxHeldDirs and heldDirsPart bound the directories that knownLinks holds open: that many, and that part of
+	// the descriptors that the process may have.
+	maxHeldDirs  = 1024
+	heldDirsPart = 4
 	// settleTime is how old a time of change must be to tell of every later change: before Linux 6.13
 	// (multigrain timestamps) two changes within a tick, of 10 ms at most, have the same time.
 	settleTime = 50 * time.Millisecond
@@ -41,6 +43,17 @@ type knownLinks struct {
 	gen uint64
 	// settle is settleTime, or 0 where each change has a time of its own. Immutable after New.
 	settle time.Duration
+	// maxHeld bounds held. Immutable after New.
+	maxHeld int
+}
+
+// heldDirs returns how many directories may be held open.
+func heldDirs() int {
+	var l unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
+		return 0
+	}
+	return int(min(l.Cur/heldDirsPart, maxHeldDirs))
 }
 
 type knownLink struct {
@@ -103,7 +116,7 @@ func (k *knownLinks) lookup(links []string) []knownLink {
 func (k *knownLinks) add(link string, l knownLink) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.m == nil || len(k.m) >= maxKnownLinks || k.held >= maxHeldDirs {
+	if k.m == nil || len(k.m) >= maxKnownLinks || k.held >= k.maxHeld && l.dir != nil {
 		k.clear()
 	}
 	k.drop(link)
@@ -226,7 +239,8 @@ func (c *chain) check(i int) error {
 		k.dir = nil
 	}
 	if k.still(c.lfd) {
-		if c.gen != 0 && i > 0 {
+		// A mount makes use of what is held only if all are.
+		if c.gen != 0 && i > 0 && len(c.links) <= c.d.known.maxHeld {
 			c.hold(i)
 		}
 		return nil

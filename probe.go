@@ -92,6 +92,20 @@ func (f facts) mountOptions() []string {
 	return options
 }
 
+// probeHome finds out the facts in the home. On a full disk what was removed and not deleted yet goes first.
+func (d *Driver) probeHome() (facts, error) {
+	dir := filepath.Join(d.home, stagingDir)
+	f, err := probe(dir, d.opts)
+	if !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) {
+		return f, err
+	}
+	if err2 := errors.Join(d.openQuota(), d.recoverStaging()); err2 != nil {
+		return f, errors.Join(err, err2)
+	}
+	d.trash.wait()
+	return probe(dir, d.opts)
+}
+
 // probe finds out the facts with a mount of two lower layers below dir, which lies in the
 // home. An overlay that cannot be mounted is ErrNotSupported or ErrIncompatibleFS.
 func probe(dir string, opts Options) (f facts, err error) {
@@ -194,6 +208,8 @@ func (f *facts) probeLayers(tmp string, opts Options) error {
 	}
 	if err := spec.mount(mergedName, MountLegacy, *f); err != nil {
 		switch {
+		case exhausted(err):
+			return err // a full disk: another time it can
 		case errors.Is(err, unix.EINVAL) && len(opts.MountOptions) > 0:
 			spec.options = f.mountOptions()
 			if spec.mount(mergedName, MountLegacy, *f) == nil {

@@ -123,6 +123,9 @@ func dropLink(s *staging, name string) error {
 	}
 	defer func() { _ = sys.Close(fd) }()
 	data, err := sys.ReadFileAt(fd, linkName, linkid.Length)
+	if exhausted(err) {
+		return fmt.Errorf("%s/%s/%s: %w", stagingDir, name, linkName, err)
+	}
 	if err != nil || !linkid.Valid(string(data)) {
 		return nil // not made yet, or tampered with: then nobody's link is touched
 	}
@@ -148,6 +151,9 @@ func removeDangling(homefd int, link string) error {
 		if err == nil {
 			data, err := sys.ReadFileAt(fd, linkName, linkid.Length)
 			_ = sys.Close(fd)
+			if exhausted(err) {
+				return fmt.Errorf("%s/%s: %w", id, linkName, err)
+			}
 			if err != nil || string(data) == link || !linkid.Valid(string(data)) {
 				return nil
 			}
@@ -168,16 +174,18 @@ func ignoreAbsent(err error) error {
 type trash struct {
 	mu      sync.Mutex
 	names   []string
+	failed  []string // for want of descriptors or the like: deleted with the next
 	running bool
 	idle    sync.WaitGroup
 }
 
-// add queues an entry of the staging directory for deletion.
-func (t *trash) add(d *Driver, name string) {
+// add queues entries of the staging directory for deletion, and what could not be deleted before.
+func (t *trash) add(d *Driver, names ...string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.names = append(t.names, name)
-	if t.running {
+	t.names = append(append(t.names, t.failed...), names...)
+	t.failed = nil
+	if t.running || len(t.names) == 0 {
 		return
 	}
 	t.running = true
@@ -199,7 +207,12 @@ func (t *trash) run(d *Driver) {
 		t.names = t.names[1:]
 		t.mu.Unlock()
 		if err := d.deleteTrash(name); err != nil {
-			// It stays for the next New to try again.
+			// It stays for the next New to try again, or for this Driver.
+			if exhausted(err) && !errors.Is(err, unix.EIO) {
+				t.mu.Lock()
+				t.failed = append(t.failed, name)
+				t.mu.Unlock()
+			}
 			d.log.WithError(err).WithField("path", filepath.Join(d.home, stagingDir, name)).Warn("overlay2: deletion of a removed layer")
 		}
 	}
@@ -218,7 +231,7 @@ func (d *Driver) deleteTrash(name string) error {
 		return err
 	}
 	if !strings.HasPrefix(name, trashDiffPrefix) {
-		if err := d.unlimit(name); err != nil {
+		if err := errors.Join(dropLink(s, name), d.unlimit(name)); err != nil {
 			return err
 		}
 	}

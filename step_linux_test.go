@@ -13,6 +13,7 @@ import (
 	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	"github.com/bcc2decd/overlay2/internal/sys"
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 )
 
 // What a call may leave of a layer, beside a tree.
@@ -33,11 +34,18 @@ type step struct {
 	run   func(d *Driver) error
 	// before and after are the states of "new" when the call has not begun and when it has ended.
 	before, after string
+	// between are states in which a call that did not end well may leave it, beside those two.
+	between []string
 	// incomplete says that the call may leave the layer ErrIncomplete.
 	incomplete bool
+	// above says that the call makes a layer "new-above" over it, and fills both with treeOne and treeTwo.
+	above bool
 	// opens says that the call is New.
 	opens bool
 }
+
+// aboveID is the layer over "new" of those steps that make one.
+const aboveID = "new-above"
 
 // The trees of "new".
 const (
@@ -85,6 +93,10 @@ func steps(t *testing.T) []step {
 		{name: "apply-strict", mode: DurabilityStrict, prepare: create, run: applyTar(one), before: treeTop, after: treeOne, incomplete: true},
 		{name: "apply-again", prepare: createOne, run: applyTar(two), before: treeOne, after: treeTwo, incomplete: true},
 		{name: "apply-incomplete", prepare: broken, run: applyTar(two), before: stateIncomplete, after: treeNew, incomplete: true},
+		{name: "applylayers", run: func(d *Driver) error {
+			_, err := d.ApplyLayers("top", []LayerDiff{{ID: "new", Diff: bytes.NewReader(one)}, {ID: aboveID, Diff: bytes.NewReader(two)}})
+			return err
+		}, before: stateAbsent, after: treeOne, between: []string{treeTop}, incomplete: true, above: true},
 		{name: "get", prepare: createBox, run: get, before: treeTop, after: treeTop},
 		{name: "put", prepare: createBox, begin: func(t *testing.T, d *Driver) { must(t, get(d)) },
 			run: func(d *Driver) error { return d.Put("new") }, before: treeTop, after: treeTop},
@@ -97,6 +109,9 @@ func steps(t *testing.T) []step {
 		{name: "new-adopt", prepare: func(t *testing.T, d *Driver) { createOne(t, d); abandon(d) }, opens: true, before: treeOne, after: treeOne},
 		{name: "new-recover", prepare: func(t *testing.T, d *Driver) { createOne(t, d); loseNew(t, d) }, opens: true,
 			before: stateIncomplete, after: stateIncomplete, incomplete: true},
+		{name: "recover", begin: func(t *testing.T, d *Driver) { createOne(t, d); loseNew(t, d) }, run: recoverAgain,
+			before: stateIncomplete, after: stateIncomplete, incomplete: true},
+		{name: "recover-reused", begin: func(t *testing.T, d *Driver) { loseReused(t, d, one) }, run: recoverAgain, before: treeOne, after: treeOne},
 	}
 }
 
@@ -126,10 +141,45 @@ func abandon(d *Driver) {
 	d.syncer.batch = nil
 }
 
+// recoverAgain does what New does with what a crash has left, and nothing else of it.
+func recoverAgain(d *Driver) error {
+	if err := d.recoverHome(); err != nil {
+		return fmt.Errorf("recover %s: %w", d.home, err)
+	}
+	return nil
+}
+
+// loseReused makes the home look as if power had been cut before a layer "new" was on the disk that had been removed meanwhile, but
+// for its link, and made again. The second one is on the disk.
+func loseReused(t *testing.T, d *Driver, one []byte) {
+	apply(t, d, "new", "top", one)
+	link, err := os.ReadFile(filepath.Join(d.home, "new", linkName))
+	must(t, err)
+	must(t, d.Remove("new"))
+	d.trash.wait()
+	abandon(d)
+	failUnsynced(t, d)
+	apply(t, d, "new", "top", one)
+	must(t, d.flush(false))
+	must(t, os.Symlink(linkTarget("new"), filepath.Join(d.home, linkDir, string(link))))
+}
+
 // loseNew makes the home look as if power had been cut before "new" was on the disk, with a layer half made
 // and one half removed.
 func loseNew(t *testing.T, d *Driver) {
 	abandon(d)
+	failUnsynced(t, d)
+	staging := filepath.Join(d.home, stagingDir)
+	must(t, os.Truncate(filepath.Join(d.home, "new", linkName), 0))
+	must(t, os.Truncate(filepath.Join(d.home, "new", lowerName), 0))
+	for _, name := range []string{newPrefix + "X", trashPrefix + "X"} {
+		must(t, os.MkdirAll(filepath.Join(staging, name, diffName, "a"), 0o700))
+		must(t, os.WriteFile(filepath.Join(staging, name, diffName, "a", "b"), []byte("b"), 0o600))
+	}
+}
+
+// failUnsynced makes what is recorded as not on the disk look as if it had never come there.
+func failUnsynced(t *testing.T, d *Driver) {
 	staging := filepath.Join(d.home, stagingDir)
 	entries, err := os.ReadDir(staging)
 	must(t, err)
@@ -137,12 +187,6 @@ func loseNew(t *testing.T, d *Driver) {
 		if rest, ok := strings.CutPrefix(e.Name(), unsyncedPrefix+d.instance); ok {
 			must(t, os.Rename(filepath.Join(staging, e.Name()), filepath.Join(staging, unsyncedPrefix+failedInstance+rest)))
 		}
-	}
-	must(t, os.Truncate(filepath.Join(d.home, "new", linkName), 0))
-	must(t, os.Truncate(filepath.Join(d.home, "new", lowerName), 0))
-	for _, name := range []string{newPrefix + "X", trashPrefix + "X"} {
-		must(t, os.MkdirAll(filepath.Join(staging, name, diffName, "a"), 0o700))
-		must(t, os.WriteFile(filepath.Join(staging, name, diffName, "a", "b"), []byte("b"), 0o600))
 	}
 }
 
@@ -186,13 +230,13 @@ func setupSteps(t *testing.T, home string) *stepTest {
 	return s
 }
 
-// state says in which state "new" is.
-func (s *stepTest) state(t *testing.T, d *Driver) string {
+// state says in which state a layer is, "new" or the one above it.
+func (s *stepTest) state(t *testing.T, d *Driver, id string) string {
 	t.Helper()
-	if !d.Exists("new") {
+	if !d.Exists(id) {
 		return stateAbsent
 	}
-	path, err := d.Get("new", "")
+	path, err := d.Get(id, "")
 	if errors.Is(err, ErrIncomplete) {
 		return stateIncomplete
 	}
@@ -200,7 +244,7 @@ func (s *stepTest) state(t *testing.T, d *Driver) string {
 		return err.Error()
 	}
 	got := overlaytest.Tree(t, path, overlaytest.NoOverlayXattrs, overlaytest.NoRoot) // whose time no diff has
-	putAll(t, d, "new")
+	putAll(t, d, id)
 	for _, name := range []string{treeTop, treeOne, treeTwo, treeNew} {
 		if got == s.trees[name] {
 			return name
@@ -237,12 +281,15 @@ func (s *stepTest) verifyAfter(t *testing.T, d *Driver, step step, allowed ...st
 	problems, err := d.Check()
 	must(t, err)
 	for _, p := range problems {
-		if p.ID == "new" && (step.incomplete && errors.Is(p.Err, ErrIncomplete) || strings.HasSuffix(p.Path, "/"+mergedName)) {
+		if (p.ID == "new" || step.above && p.ID == aboveID) && (step.incomplete && errors.Is(p.Err, ErrIncomplete) || strings.HasSuffix(p.Path, "/"+mergedName)) {
 			continue
 		}
 		t.Errorf("check: %v", p)
 	}
-	state = s.state(t, d)
+	state = s.state(t, d, "new")
+	if step.above {
+		s.removeAbove(t, d, state)
+	}
 	ok := state == stateIncomplete && step.incomplete
 	for _, a := range allowed {
 		ok = ok || a == state
@@ -253,12 +300,42 @@ func (s *stepTest) verifyAfter(t *testing.T, d *Driver, step step, allowed ...st
 	return state
 }
 
+// removeAbove removes the layer above "new", which must not be whole over one that is not.
+func (s *stepTest) removeAbove(t *testing.T, d *Driver, state string) {
+	t.Helper()
+	switch above := s.state(t, d, aboveID); {
+	case above == stateAbsent || above == stateIncomplete || above == treeTop && state == treeTop:
+	case above == treeTwo && state == treeOne:
+	default:
+		t.Errorf("the layer above one that is %s is %s", state, above)
+	}
+	must(t, d.Remove(aboveID))
+	d.trash.wait()
+}
+
+// checkError reports an error that does not say what has failed, and where.
+func (s *stepTest) checkError(t *testing.T, err error, errno unix.Errno, what string) {
+	t.Helper()
+	if !errors.Is(err, errno) {
+		t.Errorf("%s: the errno is lost", what)
+	}
+	for _, wrong := range []error{ErrCorrupt, ErrLayerNotFound, ErrNotSupported, ErrIncompatibleFS} {
+		if errors.Is(err, wrong) {
+			t.Errorf("%s: that is said of what is in order: %v", what, wrong)
+		}
+	}
+	var le *LayerError
+	if !errors.As(err, &le) && !strings.Contains(err.Error(), s.home) {
+		t.Errorf("%s: names neither layer nor home", what)
+	}
+}
+
 // finish shows that the layer can be filled, if it is incomplete, and removed, and that the home is in order then.
 func (s *stepTest) finish(t *testing.T, d *Driver, step step, state string) {
 	t.Helper()
 	if state == stateIncomplete {
 		must(t, errOf(d.ApplyDiff("new", "top", bytes.NewReader(twoTar(t)))))
-		if got := s.state(t, d); got != treeNew && (got != treeTwo || step.before != treeOne) {
+		if got := s.state(t, d, "new"); got != treeNew && (got != treeTwo || step.before != treeOne) {
 			t.Errorf("filled again the layer is %s", got)
 		}
 	}
