@@ -118,10 +118,20 @@ func TestRefusedOption(t *testing.T) {
 	}
 }
 
-// TestMountLabelled: with SELinux on the label is the mount's, commas and all.
+// TestMountLabelled: with SELinux on the label is the mount's, commas and all, whichever way it is mounted,
+// as a view and as data too.
 func TestMountLabelled(t *testing.T) {
 	overlaytest.Require(t, "root", "overlay", "selinux")
-	const label = "system_u:object_r:tmp_t:s0:c1,c2"
+	const label = "system_u:object_r:container_file_t:s0:c1,c2"
+	labelled := func(t *testing.T, path string) {
+		t.Helper()
+		buf := make([]byte, 256)
+		n, err := unix.Lgetxattr(path+"/f0", "security.selinux", buf)
+		must(t, err)
+		if got := strings.TrimRight(string(buf[:n]), "\x00"); got != label {
+			t.Errorf("%s is labelled %q", path, got)
+		}
+	}
 	for _, method := range methods(t) {
 		t.Run(method.String(), func(t *testing.T) {
 			d := newTestDriver(t, t.TempDir(), Options{MountMethod: method})
@@ -129,16 +139,18 @@ func TestMountLabelled(t *testing.T) {
 			must(t, d.CreateReadWrite("box", "layer1", nil))
 			path, err := d.Get("box", label)
 			must(t, err)
-			defer func() { must(t, d.Put("box")) }()
-			buf := make([]byte, 256)
-			n, err := unix.Lgetxattr(path+"/f0", "security.selinux", buf)
-			must(t, err)
-			if got := strings.TrimRight(string(buf[:n]), "\x00"); got != label {
-				t.Errorf("labelled %q", got)
-			}
+			labelled(t, path)
+			must(t, d.Put("box"))
 			m, err := d.Mount("layer1", MountOpts{Label: label})
 			must(t, err)
+			labelled(t, m.Path())
 			must(t, m.Close())
+			data, err := d.MountData("box", label)
+			must(t, err)
+			at := t.TempDir()
+			must(t, unix.Mount(data.Source, at, data.Type, 0, strings.Join(data.Options, ",")))
+			labelled(t, at)
+			must(t, unix.Unmount(at, 0))
 		})
 	}
 }
