@@ -17,6 +17,10 @@ type MountOpts struct {
 }
 
 // MountData is a mount as data, for runtimes that mount by themselves. Paths are absolute.
+//
+// A mount with mapped owners (MountOpts.IDMap) cannot be said in such data: overlayfs has no option for it. Its
+// layers must be idmapped mounts themselves, which exist only as open files or in a mount namespace, and its maker must
+// be the container's root for the kernel. For those there is Driver.GetWith, whose path can be bound.
 type MountData struct {
 	// Type is "overlay", or "bind" for a layer without a parent.
 	Type string
