@@ -11,6 +11,7 @@ import (
 
 	"github.com/bcc2decd/overlay2/archive"
 	"github.com/bcc2decd/overlay2/internal/sys"
+	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 )
 
@@ -27,7 +28,8 @@ const (
 //
 // If it does not end well the error names the entry, and the layer is ErrIncomplete
 // for every other call until it is removed or a diff is applied to it again; after a
-// crash too. A layer with children, an open Diff or a view is ErrLayerInUse. One that this Driver has mounted is filled through
+// crash too. Devices that a user namespace may not make are left out, and logged: the layer is whole without
+// them. A layer with children, an open Diff or a view is ErrLayerInUse. One that this Driver has mounted is filled through
 // the mount: who reads it there meanwhile sees it grow.
 func (d *Driver) ApplyDiff(id, parent string, diff io.Reader) (int64, error) {
 	size, err := d.applyDiff(id, parent, diff)
@@ -70,7 +72,15 @@ func (d *Driver) applyDiff(id, parent string, diff io.Reader) (_ int64, err erro
 	if err != nil {
 		return 0, err
 	}
+	d.tellSkipped(l.id, stats)
 	return stats.Size, d.endApply(l)
+}
+
+// tellSkipped logs what of a diff the layer lacks, which no error tells.
+func (d *Driver) tellSkipped(id string, stats archive.Stats) {
+	if n := stats.SkippedDevices; n > 0 {
+		d.log.WithFields(logrus.Fields{"layer": id, "devices": n}).Warn("overlay2: devices left out: a user namespace may not make them")
+	}
 }
 
 // beginApply marks the layer incomplete, and empties it if an earlier apply to it, when it
@@ -291,8 +301,11 @@ func (d *Driver) applyMerged(l *layer, state *layerState, diff io.Reader) (stats
 		defer func() { err = errors.Join(err, d.unmountMerged(l.path(mergedName))) }()
 	}
 	opts := archive.UnpackOptions{Format: archive.Merged, IDMap: d.opts.IDMap}
-	if _, err := archive.Unpack(context.Background(), path, diff, opts); err != nil {
+	unpacked, err := archive.Unpack(context.Background(), path, diff, opts)
+	if err != nil {
 		return stats, err
 	}
-	return archive.Usage(context.Background(), l.path(diffName))
+	stats, err = archive.Usage(context.Background(), l.path(diffName))
+	stats.SkippedDevices = unpacked.SkippedDevices
+	return stats, err
 }

@@ -180,6 +180,7 @@ func (f *filling) fill(ctx context.Context) (int64, error) {
 			return 0, err
 		}
 	}
+	f.d.tellSkipped(f.l.id, stats)
 	return stats.Size, f.d.endApply(f.l)
 }
 

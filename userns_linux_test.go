@@ -13,6 +13,7 @@ import (
 
 	"github.com/bcc2decd/overlay2/archive"
 	"github.com/bcc2decd/overlay2/internal/overlaytest"
+	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 )
 
@@ -66,7 +67,10 @@ func TestInUserns(t *testing.T) {
 	if os.Getenv(usernsEnv) == "" {
 		return // TestUserns runs it where it belongs
 	}
-	d := newTestDriver(t, filepath.Join(os.TempDir(), "kept"), Options{})
+	var logged bytes.Buffer
+	log := logrus.New()
+	log.SetOutput(&logged)
+	d := newTestDriver(t, filepath.Join(os.TempDir(), "kept"), Options{Log: logrus.NewEntry(log)})
 	if got := statusOf(d, "userxattr"); got != "true" {
 		t.Errorf("userxattr: %s", got)
 	}
@@ -83,6 +87,25 @@ func TestInUserns(t *testing.T) {
 	if _, err := os.Lstat(path + "/null"); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("a device: %v", err)
 	}
+	wantLogged := func(layer string) {
+		t.Helper()
+		if s := logged.String(); strings.Count(s, "left out") != 1 || !strings.Contains(s, "devices=1") || !strings.Contains(s, "layer="+layer) {
+			t.Errorf("logged of the device in %s: %s", layer, s)
+		}
+		logged.Reset()
+	}
+	wantLogged("base")
+	// Through a mount too, and in a chain.
+	device := makeTar(t, tarEntry{tar.Header{Name: "zero", Typeflag: tar.TypeChar, Devmajor: 1, Devminor: 5}, ""})
+	must(t, d.CreateReadWrite("mounted", "base", nil))
+	_, putMounted := get(t, d, "mounted")
+	must(t, errOf(d.ApplyDiff("mounted", "base", bytes.NewReader(device))))
+	putMounted()
+	wantLogged("mounted")
+	_, err := d.ApplyLayers("", []LayerDiff{{ID: "alone", Diff: bytes.NewReader(device)}})
+	must(t, err)
+	wantLogged("alone")
+	must(t, errors.Join(d.Remove("mounted"), d.Remove("alone")))
 	must(t, errors.Join(os.Remove(path+"/etc/gone"), os.RemoveAll(path+"/hidden"), os.Mkdir(path+"/hidden", 0o755),
 		os.WriteFile(path+"/mine", []byte("m"), 0o644), os.Chown(path+"/mine", 0, 7)))
 	put()
