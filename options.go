@@ -1,6 +1,7 @@
 package overlay2
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"strconv"
@@ -79,7 +80,8 @@ type CreateOpts struct {
 	// MountLabel is the layer's SELinux label. It is used by Get, which is given it again.
 	MountLabel string
 	// StorageOpt limits a read-write layer: "size" in bytes or with a unit
-	// ("10G", powers of 1024), "inodes" as a number. Keys may have any case.
+	// ("10G", powers of 1024), "inodes" as a number; "none" is no limit whatever the Driver's default is.
+	// Keys may have any case.
 	StorageOpt map[string]string
 }
 
@@ -105,8 +107,8 @@ type Usage struct {
 // ParseOptions reads options in a daemon's form, "overlay2.size=10G". Keys may have any
 // case and blanks around them:
 //
-//	overlay2.size=SIZE                  Options.Size, with a unit of 1024
-//	overlay2.inodes=N                   Options.Inodes
+//	overlay2.size=SIZE                  Options.Size, with a unit of 1024; none for no limit
+//	overlay2.inodes=N                   Options.Inodes; none for no limit
 //	overlay2.override_kernel_check=BOOL Options.OverrideKernelCheck
 //	overlay2.durability=MODE            Options.Durability: background, strict or off
 //	overlay2.mountopt=OPT[,OPT...]      Options.MountOptions
@@ -123,9 +125,9 @@ func ParseOptions(options []string) (Options, error) {
 		var err error
 		switch key {
 		case "overlay2.size":
-			o.Size, err = parseSize(value)
+			o.Size, err = parseLimit(value, parseSize)
 		case "overlay2.inodes":
-			o.Inodes, err = strconv.ParseUint(value, 10, 64)
+			o.Inodes, err = parseLimit(value, parseCount)
 		case "overlay2.override_kernel_check":
 			o.OverrideKernelCheck, err = strconv.ParseBool(value)
 		case "overlay2.durability":
@@ -146,6 +148,9 @@ func ParseOptions(options []string) (Options, error) {
 // limits are what a layer may hold; 0 is no limit.
 type limits struct{ size, inodes uint64 }
 
+// noLimit is the value of a storage option that says that there is none.
+const noLimit = "none"
+
 // parseStorageOpt reads the options of one layer on top of the defaults. A given
 // value that is 0 or not a number is an error, never taken for "no limit".
 func parseStorageOpt(opts *CreateOpts, defaults limits) (limits, error) {
@@ -153,34 +158,49 @@ func parseStorageOpt(opts *CreateOpts, defaults limits) (limits, error) {
 	if opts == nil {
 		return l, nil
 	}
+	seen := make(map[string]bool)
 	for key, value := range opts.StorageOpt {
+		key, value = strings.ToLower(key), strings.TrimSpace(value)
 		var err error
-		switch strings.ToLower(key) {
-		case "size":
-			if l.size, err = parseSize(value); err == nil && l.size == 0 {
-				err = fmt.Errorf("%q: must be more than 0", value)
-			}
-		case "inodes":
-			if l.inodes, err = strconv.ParseUint(strings.TrimSpace(value), 10, 64); err == nil && l.inodes == 0 {
-				err = fmt.Errorf("%q: must be more than 0", value)
-			}
-		default:
+		switch {
+		case key != "size" && key != "inodes":
 			return limits{}, fmt.Errorf("%w: unknown storage option %q", ErrInvalidOption, key)
+		case seen[key]:
+			err = errors.New("given twice")
+		case key == "size":
+			l.size, err = parseLimit(value, parseSize)
+		default:
+			l.inodes, err = parseLimit(value, parseCount)
 		}
 		if err != nil {
-			return limits{}, fmt.Errorf("%w: storage option %s: %w", ErrInvalidOption, strings.ToLower(key), err)
+			return limits{}, fmt.Errorf("%w: storage option %s: %w", ErrInvalidOption, key, err)
 		}
+		seen[key] = true
 	}
 	return l, nil
 }
 
-// parseResize reads the options of Resize; limits that stay are 0.
-func parseResize(storageOpt map[string]string) (limits, error) {
-	l, err := parseStorageOpt(&CreateOpts{StorageOpt: storageOpt}, limits{})
-	if err == nil && l == (limits{}) {
-		err = fmt.Errorf("%w: neither size nor inodes is given", ErrInvalidOption)
+// parseLimit reads the limit of a layer.
+func parseLimit(value string, parse func(string) (uint64, error)) (uint64, error) {
+	if value == noLimit {
+		return 0, nil
 	}
-	return l, err
+	n, err := parse(value)
+	if err == nil && n == 0 {
+		err = fmt.Errorf("%q: must be more than 0; %q is no limit", value, noLimit)
+	}
+	return n, err
+}
+
+func parseCount(s string) (uint64, error) { return strconv.ParseUint(s, 10, 64) }
+
+// checkResize refuses options that Resize cannot have.
+func checkResize(storageOpt map[string]string) error {
+	if len(storageOpt) == 0 {
+		return fmt.Errorf("%w: neither size nor inodes is given", ErrInvalidOption)
+	}
+	_, err := parseStorageOpt(&CreateOpts{StorageOpt: storageOpt}, limits{})
+	return err
 }
 
 // parseSize reads a size with an optional unit of 1024.

@@ -16,6 +16,7 @@ func TestParseOptions(t *testing.T) {
 		{[]string{"overlay2.size=10G"}, Options{Size: 10 << 30}},
 		{[]string{" OVERLAY2.Size = 512m "}, Options{Size: 512 << 20}},
 		{[]string{"overlay2.size=1", "overlay2.inodes=7"}, Options{Size: 1, Inodes: 7}},
+		{[]string{"overlay2.size=none", "overlay2.inodes=none"}, Options{}},
 		{[]string{"overlay2.override_kernel_check=true"}, Options{OverrideKernelCheck: true}},
 		{[]string{"overlay2.override_kernel_check=0"}, Options{}},
 		{[]string{"overlay2.mountopt=metacopy=on,volatile"}, Options{MountOptions: []string{"metacopy=on", "volatile"}}},
@@ -30,6 +31,8 @@ func TestParseOptions(t *testing.T) {
 		"":                                       "unable to parse",
 		"overlay2.size=1X":                       "overlay2.size",
 		"overlay2.size=-1":                       "overlay2.size",
+		"overlay2.size=0":                        "more than 0",
+		"overlay2.inodes=0":                      "more than 0",
 		"overlay2.inodes=-1":                     "overlay2.inodes",
 		"overlay2.inodes=1G":                     "overlay2.inodes",
 		"overlay2.override_kernel_check=perhaps": "overlay2.override_kernel_check",
@@ -55,13 +58,15 @@ func TestParseStorageOpt(t *testing.T) {
 		{map[string]string{}, defaults},
 		{map[string]string{"SIZE": "1k"}, limits{1024, 6}},
 		{map[string]string{"size": "2", "Inodes": "3"}, limits{2, 3}},
+		{map[string]string{"size": "none"}, limits{0, 6}},
+		{map[string]string{"size": " 7 ", "inodes": "none"}, limits{7, 0}},
 	} {
 		got, err := parseStorageOpt(&CreateOpts{StorageOpt: c.in}, defaults)
 		if err != nil || got != c.want {
 			t.Errorf("%q: %+v %v", c.in, got, err)
 		}
 	}
-	for _, in := range []map[string]string{{"size": "0"}, {"size": "-1"}, {"size": "1X"}, {"size": ""}, {"inodes": "0"}, {"inodes": "x"}, {"quota": "1"}} {
+	for _, in := range []map[string]string{{"size": "0"}, {"size": "-1"}, {"size": "1X"}, {"size": ""}, {"inodes": "0"}, {"inodes": "x"}, {"quota": "1"}, {"size": "1", "SIZE": "2"}} {
 		if got, err := parseStorageOpt(&CreateOpts{StorageOpt: in}, defaults); !errors.Is(err, ErrInvalidOption) {
 			t.Errorf("%q: %+v %v", in, got, err)
 		}

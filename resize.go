@@ -12,10 +12,11 @@ import (
 // Resize changes the limits of a layer that was made with some, mounted or not: from
 // the next write on the new ones hold. The options are those of CreateReadWrite,
 // "size" in bytes with an optional unit of 1024 and "inodes"; a limit that is not
-// named stays as it is. What fails changes neither of the two.
+// named stays as it is, "none" lifts it. A layer whose limits are lifted can get others, and
+// its Usage costs no walk. What fails changes neither of the two.
 //
 // Errors: ErrLayerNotFound; ErrInvalidOption for no option, an unknown one, a value that is 0
-// or no number, a size above that of the filesystem (quota.ErrInvalidLimit) or one below
+// or neither a number nor "none", a size above that of the filesystem (quota.ErrInvalidLimit) or one below
 // what the layer takes already (quota.ErrBelowUsage); ErrNotSupported if the home
 // has no project quotas, or for a layer that was made without limits
 // (quota.ErrNoProject): the kernel counts by project, and what is in the layer has none.
@@ -27,8 +28,7 @@ func (d *Driver) resize(id string, storageOpt map[string]string) error {
 	if err := checkID(id); err != nil {
 		return err
 	}
-	want, err := parseResize(storageOpt)
-	if err != nil {
+	if err := checkResize(storageOpt); err != nil {
 		return err
 	}
 	_, unlock := d.layers.lock(id)
@@ -46,20 +46,14 @@ func (d *Driver) resize(id string, storageOpt map[string]string) error {
 	if err := l.lockHere(); err != nil {
 		return err
 	}
-	return d.relimit(l, want)
+	return d.relimit(l, storageOpt)
 }
 
-// relimit replaces the limits that are not 0.
-func (d *Driver) relimit(l *layer, want limits) error {
-	to, _, err := d.quota.Get(l.dir())
+// relimit gives the layer the limits that are named.
+func (d *Driver) relimit(l *layer, storageOpt map[string]string) error {
+	may, _, err := d.quota.Get(l.dir())
 	if err == nil {
-		if want.size != 0 {
-			to.Bytes = want.size
-		}
-		if want.inodes != 0 {
-			to.Inodes = want.inodes
-		}
-		err = d.quota.Resize(l.dir(), to)
+		err = d.replaceLimits(l, may, storageOpt)
 	}
 	switch {
 	case errors.Is(err, quota.ErrNoProject):
@@ -68,4 +62,23 @@ func (d *Driver) relimit(l *layer, want limits) error {
 		return fmt.Errorf("%w: %w", ErrInvalidOption, err)
 	}
 	return err
+}
+
+func (d *Driver) replaceLimits(l *layer, may quota.Limits, storageOpt map[string]string) error {
+	want, err := parseStorageOpt(&CreateOpts{StorageOpt: storageOpt}, limits{size: may.Bytes, inodes: may.Inodes})
+	if err != nil {
+		return err
+	}
+	// A soft limit that is the hard one, as Docker sets it, means nothing; beside another it would.
+	if want.size != may.Bytes && may.SoftBytes == may.Bytes {
+		may.SoftBytes = 0
+	}
+	if want.inodes != may.Inodes && may.SoftInodes == may.Inodes {
+		may.SoftInodes = 0
+	}
+	may.Bytes, may.Inodes = want.size, want.inodes
+	if may == (quota.Limits{}) {
+		return d.quota.Clear(l.dir())
+	}
+	return d.quota.Resize(l.dir(), may)
 }

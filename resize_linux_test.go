@@ -58,6 +58,81 @@ func TestResizeLive(t *testing.T) {
 	})
 }
 
+// TestResizeLifts: "none" lifts one limit or both, for a mounted layer too; its usage is still known without a
+// walk, nobody else gets its project, and it can be limited again.
+func TestResizeLifts(t *testing.T) {
+	eachQuotaFS(t, func(t *testing.T, home string) {
+		d := newTestDriver(t, home, Options{Size: 8 << 20})
+		must(t, d.Create("base", "", nil))
+		must(t, d.CreateReadWrite("box", "base", storage("inodes=60")))
+		path, put := get(t, d, "box")
+		defer put()
+		must(t, d.Resize("box", map[string]string{"inodes": "none"}))
+		wantLimits(t, d, "box", 8<<20, 0)
+		must(t, d.Resize("box", map[string]string{"size": "none"}))
+		wantLimits(t, d, "box", 0, 0)
+		must(t, write0(path+"/big", 12<<20))
+		for i := range 80 {
+			must(t, os.WriteFile(fmt.Sprintf("%s/f%d", path, i), nil, 0o644))
+		}
+		if _, has, err := d.quota.Get(home + "/box"); err != nil || has.Bytes < 12<<20 || has.Inodes < 80 {
+			t.Errorf("usage %+v: %v", has, err)
+		}
+		id := projectOf(t, home+"/box")
+		must(t, d.CreateReadWrite("other", "base", nil))
+		if projectOf(t, home+"/other") == id || projectOf(t, path+"/big") != id {
+			t.Errorf("projects %d, of the file %d, of another layer %d", id, projectOf(t, path+"/big"), projectOf(t, home+"/other"))
+		}
+		wantErr(t, d.Resize("box", map[string]string{"size": "8m"}), quota.ErrBelowUsage)
+		must(t, d.Resize("box", map[string]string{"size": "16m", "inodes": "200"}))
+		wantLimits(t, d, "box", 16<<20, 200)
+		if err := write0(path+"/more", 8<<20); !full(err) {
+			t.Errorf("20 MiB into 16: %v", err)
+		}
+		// One that was never limited, in spite of the default, has none to lift.
+		must(t, d.CreateReadWrite("free", "base", storage("size=none")))
+		wantLimits(t, d, "free", 0, 0)
+		if id := projectOf(t, home+"/free"); id != 0 {
+			t.Errorf("project %d", id)
+		}
+		wantErr(t, d.Resize("free", map[string]string{"size": "none"}), ErrNotSupported)
+	})
+}
+
+// TestResizeSoft: a soft limit that is the hard one, as Docker sets it, goes with it; one that an
+// administrator has set stays, and is not left above the hard one.
+func TestResizeSoft(t *testing.T) {
+	eachQuotaFS(t, func(t *testing.T, home string) {
+		d := newTestDriver(t, home, Options{})
+		must(t, d.CreateReadWrite("box", "", storage("size=8m", "inodes=60")))
+		dir := home + "/box"
+		for _, c := range []struct {
+			soft, want quota.Limits
+			size       string
+			err        error
+		}{
+			{soft: quota.Limits{Bytes: 8 << 20, SoftBytes: 8 << 20}, size: "16m", want: quota.Limits{Bytes: 16 << 20}},
+			{soft: quota.Limits{Bytes: 8 << 20, SoftBytes: 8 << 20}, size: "4m", want: quota.Limits{Bytes: 4 << 20}},
+			{soft: quota.Limits{Bytes: 8 << 20, SoftBytes: 8 << 20}, size: "none", want: quota.Limits{}},
+			{soft: quota.Limits{Bytes: 8 << 20, SoftBytes: 6 << 20}, size: "16m", want: quota.Limits{Bytes: 16 << 20, SoftBytes: 6 << 20}},
+			{soft: quota.Limits{Bytes: 8 << 20, SoftBytes: 6 << 20}, size: "none", want: quota.Limits{SoftBytes: 6 << 20}},
+			{soft: quota.Limits{Bytes: 8 << 20, SoftBytes: 6 << 20}, size: "4m", err: quota.ErrInvalidLimit},
+		} {
+			must(t, d.quota.Resize(dir, c.soft))
+			err := d.Resize("box", map[string]string{"size": c.size})
+			if c.err != nil {
+				c.want = c.soft
+				wantErr(t, err, c.err)
+			} else {
+				must(t, err)
+			}
+			if got, _, err := d.quota.Get(dir); err != nil || got != c.want {
+				t.Errorf("%+v to %s: %+v, want %+v: %v", c.soft, c.size, got, c.want, err)
+			}
+		}
+	})
+}
+
 // TestResizeBad: an error each, and the limits are what they were.
 func TestResizeBad(t *testing.T) {
 	eachQuotaFS(t, func(t *testing.T, home string) {
@@ -81,6 +156,9 @@ func TestResizeBad(t *testing.T) {
 			{map[string]string{"inodes": "-1"}, nil},
 			{map[string]string{"inodes": "many"}, nil},
 			{map[string]string{"colour": "red"}, nil},
+			{map[string]string{"size": "16m", "Size": "32m"}, nil},
+			{map[string]string{"size": "none", "inodes": "0"}, nil},
+			{map[string]string{"size": "none", "inodes": "1"}, quota.ErrBelowUsage},
 			{map[string]string{"size": "9000T"}, quota.ErrInvalidLimit},
 			{map[string]string{"size": "1m"}, quota.ErrBelowUsage},
 			{map[string]string{"inodes": "1"}, quota.ErrBelowUsage},

@@ -127,7 +127,7 @@ func (d *Driver) Usage(id string) (Usage, error) {
 
 // Resize returns ErrNotSupported, or what is wrong with the options.
 func (d *Driver) Resize(id string, storageOpt map[string]string) error {
-	if _, err := parseResize(storageOpt); err != nil {
+	if err := checkResize(storageOpt); err != nil {
 		return layerErr("resize", id, err)
 	}
 	return layerErr("resize", id, ErrNotSupported)

@@ -378,15 +378,15 @@ func TestForeignIDs(t *testing.T) {
 		const base = 70000
 		setProject(t, home, base, 0)
 		c := open(t, home)
-		c.noted = map[uint32]bool{base + 2: true}
+		c.noted = map[uint32]bool{base + 3: true}
 		k := speak(t, c)
 		files := subdir(t, c, home, "admin")
-		setProject(t, files, base+1, xflagProjinherit)
-		if err := k.set(base+3, Limits{Bytes: 1 << 20}); err != nil {
+		setProject(t, files, base+2, xflagProjinherit) // base+1 is Docker's
+		if err := k.set(base+4, Limits{Bytes: 1 << 20}); err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() {
-			if err := k.set(base+3, Limits{}); err != nil {
+			if err := k.set(base+4, Limits{}); err != nil {
 				t.Error(err)
 			}
 		})
@@ -394,8 +394,8 @@ func TestForeignIDs(t *testing.T) {
 		if err := c.Set(dir, Limits{Bytes: 1 << 20}); err != nil {
 			t.Fatal(err)
 		}
-		if id := projectID(t, dir); id != base+4 {
-			t.Errorf("got id %d, want %d", id, base+4)
+		if id := projectID(t, dir); id != base+5 {
+			t.Errorf("got id %d, want %d", id, base+5)
 		}
 		if err := c.Set(files, Limits{Bytes: 1 << 20}); !errors.Is(err, ErrHasProject) {
 			t.Errorf("Set on an administrator's directory: %v", err)
@@ -645,7 +645,7 @@ func TestManyIDs(t *testing.T) {
 		without := openTime(t, home)
 		const first, n = 1000, 10000
 		k := speak(t, c)
-		setProject(t, home, first-1, 0)
+		setProject(t, home, first-2, 0)
 		t.Cleanup(func() {
 			setProject(t, home, 0, 0)
 			for id := uint32(first); id < first+n; id++ {

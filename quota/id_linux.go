@@ -53,16 +53,17 @@ func (c *Control) free(k kernel) (uint32, error) {
 	if id, err := c.freeCleared(k); id != 0 || err != nil {
 		return id, err
 	}
-	if c.base >= maxID {
-		return 0, fmt.Errorf("the home's project %d is the last there is: %w", c.base, unix.ENOSPC)
+	if c.base >= maxID-1 {
+		return 0, fmt.Errorf("above the home's project %d there is no id for layers: %w", c.base, unix.ENOSPC)
 	}
-	id, err := c.freeFrom(k, max(c.nextID, c.base+1))
+	first := c.base + 2 // the one before is Docker's, which sets its size limit to 0 whenever it starts
+	id, err := c.freeFrom(k, max(c.nextID, first))
 	if id == 0 && err == nil {
-		id, err = c.freeFrom(k, c.base+1)
+		id, err = c.freeFrom(k, first)
 	}
-	for next := c.base + 1; id == 0 && err == nil; next++ {
+	for next := first; id == 0 && err == nil; next++ {
 		if next > maxID {
-			return 0, fmt.Errorf("all project ids above %d are in use: %w", c.base, unix.ENOSPC)
+			return 0, fmt.Errorf("all project ids from %d on are in use: %w", first, unix.ENOSPC)
 		}
 		var used bool
 		if used, err = c.inUse(k, next); !used {

@@ -16,7 +16,8 @@
 // and look further. So no lock file is needed, a crash leaves nothing to mend, and an
 // id becomes free by itself when the last file with it is gone and Clear has zeroed its
 // limits. As Docker does, ids are taken from above the id of the home itself, which
-// lets an administrator give each home a range.
+// lets an administrator give each home a range; all but the first one there, whose limit
+// Docker lifts whenever it starts, to see whether it can.
 //
 // # What a limit is worth
 //
