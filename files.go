@@ -59,7 +59,7 @@ func (d *Driver) parent(id string) (string, error) {
 	if err != nil || len(links) == 0 {
 		return "", err
 	}
-	ids, err := d.resolve(links[:1])
+	ids, err := d.resolve(links) // all of them: only a whole chain ends with a base layer
 	if err != nil {
 		return "", err
 	}

@@ -70,3 +70,18 @@ func TestFiles(t *testing.T) {
 	_, err = d.Files("layer")
 	wantErr(t, err, ErrLayerNotFound)
 }
+
+// TestFilesDeep: layers with several ancestors have files too.
+func TestFilesDeep(t *testing.T) {
+	d := newTestDriver(t, t.TempDir(), Options{})
+	top := deepChain(t, d, 4)
+	f, err := d.Files(top)
+	must(t, err)
+	r, err := f.Open("same")
+	must(t, err)
+	data, err := io.ReadAll(r)
+	must(t, errors.Join(err, r.Close(), f.Close()))
+	if string(data) != top {
+		t.Errorf("got %q", data)
+	}
+}
