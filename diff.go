@@ -119,6 +119,8 @@ func (d *Driver) compareNative(id, parent string) (_ *comparison, err error) {
 // layer's direct parent; with any other layer, or "" for the whole tree, both are mounted and
 // compared. The same layer gives the same bytes.
 //
+// Sparse files are in it with their zeros, unless Options.SparseDiffs says otherwise.
+//
 // The stream ends with io.EOF only if it is whole. It can be closed at any time, and must
 // be; until then the layer cannot be removed or filled, by other processes neither. It is an io.WriterTo.
 func (d *Driver) Diff(id, parent string) (io.ReadCloser, error) {
@@ -134,7 +136,7 @@ func (d *Driver) diff(id, parent string) (*diffReader, error) {
 	if err != nil {
 		return nil, err
 	}
-	r, err := d.pack(c)
+	r, err := d.pack(c, d.opts.SparseDiffs)
 	if err != nil {
 		return nil, errors.Join(err, c.close())
 	}
@@ -142,12 +144,12 @@ func (d *Driver) diff(id, parent string) (*diffReader, error) {
 }
 
 // pack returns the tar of a comparison.
-func (d *Driver) pack(c *comparison) (archive.Reader, error) {
+func (d *Driver) pack(c *comparison, sparse bool) (archive.Reader, error) {
 	ctx := context.Background()
 	if c.native {
-		return archive.Pack(ctx, c.dir, archive.PackOptions{Format: d.format, IDMap: d.opts.IDMap, Lowers: c.lowers})
+		return archive.Pack(ctx, c.dir, archive.PackOptions{Format: d.format, IDMap: d.opts.IDMap, Lowers: c.lowers, NoSparse: !sparse})
 	}
-	opts := archive.PackOptions{Format: archive.Merged, IDMap: d.opts.IDMap}
+	opts := archive.PackOptions{Format: archive.Merged, IDMap: d.opts.IDMap, NoSparse: !sparse}
 	if c.parent != "" {
 		opts.Lowers = []string{c.parent} // for the root's own metadata
 		changes, err := archive.Compare(ctx, c.merged, c.parent)
@@ -205,7 +207,7 @@ func (d *Driver) diffSize(id, parent string) (size int64, err error) {
 	if c.native {
 		return d.layerSize(c)
 	}
-	r, err := d.pack(c)
+	r, err := d.pack(c, true) // there is no need to read zeros
 	if err != nil {
 		return 0, err
 	}

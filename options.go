@@ -68,6 +68,9 @@ type Options struct {
 	MountMethod MountMethod
 	// Durability says what is safe when power is cut.
 	Durability Durability
+	// SparseDiffs lets Diff leave out the holes of sparse files (PAX, GNU.sparse 1.0), which ApplyDiff and GNU
+	// tar make again. Without it they are zeros in the tar, as images need: see archive.PackOptions.NoSparse.
+	SparseDiffs bool
 	// OverrideKernelCheck lets New work on a kernel that is older than it asks for.
 	OverrideKernelCheck bool
 	// Log takes what cannot be returned, such as an error of a deletion in the

@@ -159,6 +159,10 @@ type PackOptions struct {
 	// Clamp, if not zero, is the latest time an entry may have; later ones are set to
 	// it (SOURCE_DATE_EPOCH).
 	Clamp time.Time
+	// NoSparse writes the holes of sparse files as zeros. Layers of images should have no sparse entries
+	// (OCI image-spec 1.1, layer.md): what docker and podman keep of a layer (vbatts/tar-split) cannot make
+	// such a tar again, so that they could not push it.
+	NoSparse bool
 	// Progress, if set, is called with the counts so far about ten times a second and
 	// once at the end, by the goroutine that reads.
 	Progress func(Stats)

@@ -247,9 +247,12 @@ func (p *packer) begin(fd int, st *sys.Stat) error {
 	h := packHeader{typ: typeReg, size: st.Size}
 	b := packBody{fd: fd, left: st.Size}
 	var sparseMap []byte
-	fragments, err := readFragments(fd, st)
-	if err != nil {
-		return err
+	var fragments []dataFragment
+	if !p.opts.NoSparse {
+		var err error
+		if fragments, err = readFragments(fd, st); err != nil {
+			return err
+		}
 	}
 	if fragments != nil {
 		sparseMap, b.left = formatFragments(fragments)
