@@ -98,7 +98,10 @@ test-vm-all: ## the same in all guests: SELinux on, pages of 64 KiB too
 	$(GO) run ./internal/vmtest -all $(VMFLAGS)
 
 .PHONY: test-clients
-test-clients: deps ## real clients: Debian's dockerd on this library by a plugin; CLIENTS=all kills more often (minutes)
+test-clients: ## real clients: Debian's dockerd on this library by a plugin, a registry, podman, buildah, skopeo, umoci; CLIENTS=all kills more often
+	@scripts/deps.sh clients
+	cd cmd/overlay2 && OVERLAY2_TEST_REQUIRE=root,dockerd,docker,containerd,runc,skopeo,umoci,buildah,podman,docker-registry \
+		$(GO) test -count=1 -timeout 60m -run '^Test(Registry|Podman|Buildah|DockerSave|ExportIsReadByOthers)$$' -v $(TESTFLAGS) .
 	cd graphdriver && OVERLAY2_TEST_CLIENTS=$(or $(CLIENTS),quick) OVERLAY2_TEST_REQUIRE=root,clients,dockerd \
 		$(GO) test -count=1 -timeout 60m -run '^TestDockerd$$' -v $(TESTFLAGS) ./internal/plugin
 

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Installs by apt-get what the tests and checks call and this machine lacks. Does nothing, and needs no
 # network, when all is there. Without root or apt-get it only tells: tests that need
-# a missing program are skipped with its name.
+# a missing program are skipped with its name. `deps.sh clients` installs other image tools too.
 set -euo pipefail
 
 # program=package
@@ -11,6 +11,8 @@ wanted=(
 	gcc=gcc git=git shellcheck=shellcheck
 	dockerd=docker.io containerd=containerd runc=runc
 )
+
+[ "${1:-}" != clients ] || wanted+=(skopeo=skopeo umoci=umoci buildah=buildah podman=podman docker-registry=docker-registry)
 
 packages=()
 for w in "${wanted[@]}"; do
