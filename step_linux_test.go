@@ -53,6 +53,8 @@ const (
 	treeOne = "top+one"
 	treeTwo = "top+one+two"
 	treeNew = "top+two"
+	// treeBase is what Rebase makes of top+one.
+	treeBase = "base+one"
 )
 
 func oneTar(t testing.TB) []byte {
@@ -100,6 +102,8 @@ func steps(t *testing.T) []step {
 		{name: "get", prepare: createBox, run: get, before: treeTop, after: treeTop},
 		{name: "put", prepare: createBox, begin: func(t *testing.T, d *Driver) { must(t, get(d)) },
 			run: func(d *Driver) error { return d.Put("new") }, before: treeTop, after: treeTop},
+		{name: "rebase", prepare: createOne, run: func(d *Driver) error { return d.Rebase("new", "base") }, before: treeOne, after: treeBase},
+		{name: "rebase-unsynced", begin: createOne, run: func(d *Driver) error { return d.Rebase("new", "base") }, before: treeOne, after: treeBase},
 		{name: "diff", prepare: createOne, run: func(d *Driver) error { return readAll(d, "new", "top") }, before: treeOne, after: treeOne},
 		{name: "diff-merged", prepare: createOne, run: func(d *Driver) error { return readAll(d, "new", "") }, before: treeOne, after: treeOne},
 		{name: "remove", prepare: createOne, run: remove, before: treeOne, after: stateAbsent},
@@ -226,6 +230,9 @@ func setupSteps(t *testing.T, home string) *stepTest {
 		s.trees[name] = tree(t, d, "new", overlaytest.NoRoot)
 		must(t, d.Remove("new"))
 	}
+	apply(t, d, "new", "base", one)
+	s.trees[treeBase] = tree(t, d, "new", overlaytest.NoRoot)
+	must(t, d.Remove("new"))
 	must(t, d.Cleanup())
 	return s
 }
@@ -245,7 +252,7 @@ func (s *stepTest) state(t *testing.T, d *Driver, id string) string {
 	}
 	got := overlaytest.Tree(t, path, overlaytest.NoOverlayXattrs, overlaytest.NoRoot) // whose time no diff has
 	putAll(t, d, id)
-	for _, name := range []string{treeTop, treeOne, treeTwo, treeNew} {
+	for _, name := range []string{treeTop, treeOne, treeTwo, treeNew, treeBase} {
 		if got == s.trees[name] {
 			return name
 		}

@@ -133,6 +133,9 @@ func (d *Driver) Resize(id string, storageOpt map[string]string) error {
 	return layerErr("resize", id, ErrNotSupported)
 }
 
+// Rebase returns ErrNotSupported.
+func (d *Driver) Rebase(id, _ string) error { return layerErr("rebase", id, ErrNotSupported) }
+
 // Changes returns ErrNotSupported.
 func (d *Driver) Changes(id, _ string) ([]archive.Change, error) {
 	return nil, layerErr("changes", id, ErrNotSupported)
