@@ -122,6 +122,9 @@ func (c *layerChanges) step() error {
 		return err
 	}
 	d := c.walk.top()
+	if err := c.walk.more(d); err != nil {
+		return err
+	}
 	name, typ := d.take()
 	if name == nil {
 		return c.leave()
@@ -286,6 +289,9 @@ func (c *layerChanges) enter(f *changeFrame, now *fileAt, base *mergedDir, chang
 		for _, name := range names {
 			d.add([]byte(name), unix.DT_UNKNOWN)
 		}
+	}
+	if base == nil {
+		c.list.expect(d.total)
 	}
 	if base != nil && !next.merged {
 		return c.hidden(d, &next)

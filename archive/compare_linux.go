@@ -99,6 +99,12 @@ func (c *comparison) step() error {
 		return err
 	}
 	x, y := c.new.walk.top(), c.old.walk.top()
+	if err := c.new.walk.more(x); err != nil {
+		return err
+	}
+	if err := c.old.walk.more(y); err != nil {
+		return err
+	}
 	a, b := x.peek(), y.peek()
 	order := bytes.Compare(a, b)
 	switch {
@@ -118,14 +124,6 @@ func (c *comparison) step() error {
 	_, _ = y.take()
 	c.name = name
 	return c.both(x.fd, y.fd, name)
-}
-
-// peek returns the next name without taking it.
-func (l *nameList) peek() sys.Name {
-	if l.next == len(l.names) {
-		return nil
-	}
-	return l.at(l.names[l.next])
 }
 
 // added goes down into a directory that the old tree hasn't.
@@ -185,6 +183,9 @@ func (c *comparison) enter(name sys.Name, newFd, oldFd int, changed bool) error 
 	start := len(c.list.path)
 	c.list.path = append(append(c.list.path, '/'), name[:len(name)-1]...)
 	c.levels = append(c.levels, level{start: start, mark: len(c.list.changes), changed: changed})
+	if oldFd < 0 {
+		c.list.expect(c.new.walk.top().total)
+	}
 	return nil
 }
 

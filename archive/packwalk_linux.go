@@ -39,6 +39,9 @@ func (p *packer) next() error {
 		p.out = append(p.out, zeros[:2*blockSize]...)
 		return nil
 	}
+	if err := p.walk.more(d); err != nil {
+		return err
+	}
 	name, typ := d.take()
 	if name == nil {
 		return p.leave()

@@ -202,6 +202,9 @@ func (l *changeList) add(name sys.Name, kind Kind) {
 	l.changes = append(l.changes, Change{Path: l.pathOf(name), Kind: kind})
 }
 
+// expect makes room for n changes: a list that grows step by step is twice in memory at each step.
+func (l *changeList) expect(n int) { l.changes = slices.Grow(l.changes, n) }
+
 // pathOf returns the path of a name in the directory at hand.
 func (l *changeList) pathOf(name sys.Name) string {
 	name = name[:len(name)-1]

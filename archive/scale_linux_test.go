@@ -3,6 +3,7 @@ package archive
 import (
 	"archive/tar"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -66,11 +67,13 @@ func (s scaleTar) write(w io.Writer) error {
 // TestScale unpacks and packs a layer of very many entries, with a very large directory and a very
 // large file in it: the heap stays bounded. OVERLAY2_TEST_SCALE=1 has 5 million
 // entries, a directory of a million names and a file of 10 GiB; it needs some 25 GB in TMPDIR. "names" has
-// only the directory of a million names, whose names are what takes memory.
+// only the directory of a million names. Changes is asked of this directory alone: what it returns
+// takes memory for each path.
 func TestScale(t *testing.T) {
 	overlaytest.Require(t, "root")
 	overlaytest.NoLeaks(t)
-	s := scaleTar{entries: 100_000, names: 50_000, size: 64 << 20}
+	// More names than are held at a time.
+	s := scaleTar{entries: 50_000, names: 2*maxNames + 20_000, size: 64 << 20}
 	if os.Getenv("OVERLAY2_TEST_SCALE") != "" {
 		s = scaleTar{entries: 4_000_000, names: 1_000_000, size: 10 << 30}
 		if n := os.Getenv("OVERLAY2_TEST_SCALE"); n == "names" {
@@ -116,6 +119,14 @@ func TestScale(t *testing.T) {
 			}
 			return err
 		}},
+		{"changes", func(ctx context.Context) error {
+			changes, err := Changes(ctx, filepath.Join(dir, "names"), ReadOptions{})
+			return errors.Join(err, allAdded(changes, s.names))
+		}},
+		{"compare", func(ctx context.Context) error {
+			changes, err := Compare(ctx, filepath.Join(dir, "names"), "")
+			return errors.Join(err, allAdded(changes, s.names))
+		}},
 	}
 	for _, step := range steps {
 		start := time.Now()
@@ -128,6 +139,19 @@ func TestScale(t *testing.T) {
 			t.Errorf("%s: heap of %d MiB", step.name, peak>>20)
 		}
 	}
+}
+
+// allAdded says whether the changes are n additions in order.
+func allAdded(changes []Change, n int) error {
+	if len(changes) != n {
+		return fmt.Errorf("%d changes, want %d", len(changes), n)
+	}
+	for i, c := range changes {
+		if c.Kind != Added || (i > 0 && c.Path <= changes[i-1].Path) {
+			return fmt.Errorf("change %d is %v", i, c)
+		}
+	}
+	return nil
 }
 
 type onlyReader struct{ io.Reader }

@@ -122,6 +122,9 @@ func (w *usageWorker) do(task usageTask) (name string, err error) {
 	d.nameList = task.names
 	w.path = append(w.path[:0], task.path)
 	for d := w.walk.top(); d != nil && !w.failed.Load(); d = w.walk.top() {
+		if err := w.walk.more(d); err != nil {
+			return "", err
+		}
 		name, typ := d.take()
 		if name == nil {
 			if err := w.leave(); err != nil {

@@ -1,104 +1,10 @@
 package archive
 
 import (
-	"bytes"
-	"cmp"
-	"encoding/binary"
 	"fmt"
-	"slices"
 
 	"github.com/bcc2decd/overlay2/internal/sys"
-	"golang.org/x/sys/unix"
 )
-
-// nameList holds the names of one directory in one piece of memory.
-type nameList struct {
-	bytes []byte
-	names []listedName
-	next  int
-}
-
-type listedName struct {
-	// prefix is the name's first eight bytes, so that sorting seldom looks further.
-	prefix uint64
-	start  uint32
-	length uint16
-	typ    uint8
-}
-
-// stopEvery is the number of names after which a long list is left if the work is to stop.
-const stopEvery = 1 << 12
-
-// read lists the directory fd, which was not listed before. It ends with an error of stop.
-func (l *nameList) read(r *sys.DirReader, fd int, sorted bool, stop func() error) error {
-	l.bytes, l.names, l.next = l.bytes[:0], l.names[:0], 0
-	r.Start(fd)
-	for {
-		if len(l.names)%stopEvery == stopEvery-1 {
-			if err := stop(); err != nil {
-				return err
-			}
-		}
-		name, typ, err := r.Next()
-		if err != nil {
-			return err
-		}
-		if name == nil {
-			break
-		}
-		if int64(len(l.bytes)+len(name)) >= 1<<32-1 {
-			return fmt.Errorf("directory with more than 4 GiB of names: %w", unix.E2BIG)
-		}
-		l.add(name, typ)
-	}
-	if sorted {
-		return l.sort(stop)
-	}
-	return nil
-}
-
-func (l *nameList) add(name []byte, typ uint8) {
-	var key [8]byte
-	copy(key[:], name)
-	l.names = append(l.names, listedName{
-		prefix: binary.BigEndian.Uint64(key[:]),
-		start:  uint32(len(l.bytes)), length: uint16(len(name)), typ: typ,
-	})
-	l.bytes = append(append(l.bytes, name...), 0)
-}
-
-// sort orders the names bytewise. It ends with an error of stop, in no order then.
-func (l *nameList) sort(stop func() error) error {
-	var compared int
-	var err error
-	slices.SortFunc(l.names, func(a, b listedName) int {
-		if compared++; compared%(16*stopEvery) == 0 && err == nil {
-			err = stop()
-		}
-		if err != nil {
-			return 0 // names that are all the same are soon in order
-		}
-		if a.prefix != b.prefix {
-			return cmp.Compare(a.prefix, b.prefix)
-		}
-		return bytes.Compare(l.at(a), l.at(b))
-	})
-	return err
-}
-
-func (l *nameList) at(n listedName) sys.Name {
-	return l.bytes[n.start : n.start+uint32(n.length)+1]
-}
-
-// take returns the next name; nil is the end.
-func (l *nameList) take() (sys.Name, uint8) {
-	if l.next == len(l.names) {
-		return nil, 0
-	}
-	n := l.names[l.next]
-	l.next++
-	return l.at(n), n.typ
-}
 
 // walkDir is a directory that a walk is in.
 type walkDir struct {
@@ -142,11 +48,23 @@ func (w *walk) push(fd int, sorted bool) error {
 
 // list reads the names of a directory that the walk is in.
 func (w *walk) list(d *walkDir, fd int, sorted bool) error {
-	stop := w.stop
-	if stop == nil {
-		stop = func() error { return nil }
+	return d.read(&w.dents, fd, sorted, w.stopper())
+}
+
+// more lists further names of d, the directory at hand, if it has some and those listed are used up. It comes before
+// take or peek.
+func (w *walk) more(d *walkDir) error {
+	if !d.rest || d.next < len(d.names) {
+		return nil
 	}
-	return d.read(&w.dents, fd, sorted, stop)
+	return d.readOn(&w.dents, d.fd, w.stopper())
+}
+
+func (w *walk) stopper() func() error {
+	if w.stop == nil {
+		return func() error { return nil }
+	}
+	return w.stop
 }
 
 // enter goes down into fd, which is the walk's from then on. The caller adds the names. An
@@ -159,7 +77,7 @@ func (w *walk) enter(fd int) (*walkDir, error) {
 		d = new(walkDir)
 	}
 	d.fd, d.parked = fd, false
-	d.bytes, d.names, d.next = d.bytes[:0], d.names[:0], 0
+	d.reset()
 	w.dirs = append(w.dirs, d)
 	// The way back is through the directory below: it must have a handle.
 	if up := len(w.dirs) - 1 - maxOpen; up >= 0 && w.dirs[up].fd >= 0 && w.dirs[up+1].fd >= 0 {
