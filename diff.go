@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"time"
 
 	"github.com/bcc2decd/overlay2/archive"
 )
@@ -53,8 +54,9 @@ type comparison struct {
 	dir    string
 	lowers []string
 	final  string // see layer.final
-	// Otherwise: where the layer and the parent, unless that is none, are mounted.
+	// Otherwise: where the layer and the parent, unless that is none, are mounted, and since when they may differ.
 	merged, parent string
+	since          time.Time
 	close          func() error
 }
 
@@ -75,6 +77,9 @@ func (d *Driver) compare(id, parent string) (*comparison, error) {
 		return nil, errors.Join(fmt.Errorf("parent %s: %w", parent, err), c.close())
 	}
 	c.close = func() error { return errors.Join(d.put(parent), d.put(id)) }
+	if c.since, err = d.forkedAt(id, parent); err != nil {
+		return nil, errors.Join(err, c.close())
+	}
 	return c, nil
 }
 
@@ -152,7 +157,7 @@ func (d *Driver) pack(c *comparison, sparse bool) (archive.Reader, error) {
 	opts := archive.PackOptions{Format: archive.Merged, IDMap: d.opts.IDMap, NoSparse: !sparse}
 	if c.parent != "" {
 		opts.Lowers = []string{c.parent} // for the root's own metadata
-		changes, err := archive.Compare(ctx, c.merged, c.parent)
+		changes, err := archive.CompareSince(ctx, c.merged, c.parent, c.since)
 		if err != nil {
 			return nil, err
 		}
@@ -261,5 +266,5 @@ func (d *Driver) changes(id, parent string) (changes []archive.Change, err error
 	if c.native {
 		return archive.Changes(context.Background(), c.dir, archive.ReadOptions{Format: d.format, Lowers: c.lowers})
 	}
-	return archive.Compare(context.Background(), c.merged, c.parent)
+	return archive.CompareSince(context.Background(), c.merged, c.parent, c.since)
 }

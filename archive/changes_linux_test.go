@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -54,9 +53,6 @@ func TestChangesAreWhatTheKernelShows(t *testing.T) {
 				}
 				for top := depth - 2; top >= 0; top-- {
 					var want []Change
-					// Before Linux 6.13 times have the grain of the kernel's tick, 10 ms at most. Compare
-					// takes files of one size and time for the same; Changes sees that they are not.
-					time.Sleep(12 * time.Millisecond)
 					mounted(t, base, layers[top:], opts, func(dir string) {
 						scramble(t, r, dir, 40)
 						lowerMounted(t, base, layers[top+1:], opts, func(parent string) {

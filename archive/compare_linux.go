@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"time"
 
 	"github.com/bcc2decd/overlay2/internal/sys"
 	"golang.org/x/sys/unix"
@@ -15,11 +16,19 @@ import (
 //
 // A directory with anything changed beneath it is Modified, one that is gone is listed
 // alone. What differs is as Changes has it. Files that are the same inode of the same layer, seen
-// through two overlays, are not read; others of which all the metadata is equal are.
+// through two overlays, are not read; others of which all the metadata is equal are. A file that was made and
+// last changed within one tick of the kernel's clock is read, too: it may have been copied up within that tick.
 //
 // Errors are *EntryError with the path of the file.
 func Compare(ctx context.Context, newDir, oldDir string) ([]Change, error) {
-	c := comparison{ctx: ctx, files: comparer{mounted: true, stop: ctx.Err}}
+	return CompareSince(ctx, newDir, oldDir, time.Time{})
+}
+
+// CompareSince is Compare of two mounted layers for a caller who knows since when they may differ: since is the time
+// of birth (statx) of the first made of those upper directories that only one of them has. Files that
+// were not changed since then are not read. The zero time is Compare.
+func CompareSince(ctx context.Context, newDir, oldDir string, since time.Time) ([]Change, error) {
+	c := comparison{ctx: ctx, files: comparer{mounted: true, since: since, stop: ctx.Err}}
 	c.new.walk.stop, c.old.walk.stop = ctx.Err, ctx.Err
 	defer c.new.walk.close()
 	defer c.old.walk.close()

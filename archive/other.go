@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"time"
 )
 
 // Layers are an affair of Linux: on other systems the package has its types, so that
@@ -28,6 +29,11 @@ func Changes(context.Context, string, ReadOptions) ([]Change, error) {
 
 // Compare is for Linux only.
 func Compare(context.Context, string, string) ([]Change, error) {
+	return nil, errors.ErrUnsupported
+}
+
+// CompareSince is for Linux only.
+func CompareSince(context.Context, string, string, time.Time) ([]Change, error) {
 	return nil, errors.ErrUnsupported
 }
 

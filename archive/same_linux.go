@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/bcc2decd/overlay2/internal/sys"
 	"golang.org/x/sys/unix"
@@ -25,6 +26,8 @@ type comparer struct {
 	// mounted: the files may be the same inode shown by two overlays, each with a device
 	// number of its own.
 	mounted bool
+	// since, unless it is zero, is a time before which nothing was copied up that the files may be.
+	since time.Time
 	// stop says whether the work is to stop, by an error; nil is never.
 	stop func() error
 
@@ -49,8 +52,13 @@ func (c *comparer) same(a, b *fileAt) (bool, error) {
 	if t := x.Type(); (t == unix.S_IFCHR || t == unix.S_IFBLK) && (x.Major != y.Major || x.Minor != y.Minor) {
 		return false, nil
 	}
-	if !isDir && x.Ino == y.Ino && x.Ctime == y.Ctime && (x.Dev == y.Dev || c.mounted) {
-		return true, nil
+	if !isDir && x.Ino == y.Ino && x.Ctime == y.Ctime {
+		if x.Dev == y.Dev {
+			return true, nil
+		}
+		if one, err := c.oneInode(a, b); one || err != nil {
+			return one, err
+		}
 	}
 	if same, err := c.sameXattrs(a, b); err != nil || !same || isDir {
 		return same, err
@@ -62,6 +70,31 @@ func (c *comparer) same(a, b *fileAt) (bool, error) {
 		return c.sameContent(a, b)
 	}
 	return true, nil
+}
+
+// oneInode says whether two files that two overlays show with the same inode number and time of change
+// surely are one. A copy in an upper layer keeps the number, and the kernel's clock for times has a grain of up
+// to 10 ms (1/HZ): what is made, copied up and changed within one tick has the same times. The copy's time of
+// birth is that of copying up, and so no other than the file's own only if both fall into the tick of the last change.
+func (c *comparer) oneInode(a, b *fileAt) (bool, error) {
+	if !c.mounted {
+		return false, nil
+	}
+	if changed := time.Unix(a.st.Ctime.Sec, int64(a.st.Ctime.Nsec)); changed.Before(c.since) {
+		return true, nil
+	}
+	x, known, err := sys.Birth(a.dirfd, a.name)
+	if err != nil {
+		return false, err
+	}
+	y, knownToo, err := sys.Birth(b.dirfd, b.name)
+	if err != nil {
+		return false, err
+	}
+	if !known || !knownToo {
+		return a.st.Mtime != a.st.Ctime, nil // writing sets both
+	}
+	return x == y && x != a.st.Ctime, nil
 }
 
 func (c *comparer) sameXattrs(a, b *fileAt) (bool, error) {

@@ -25,6 +25,26 @@ func (i Ident) Same(o Ident) bool { return i.comparable && i == o }
 // identMask is what an Ident is made of.
 const identMask = unix.STATX_TYPE | unix.STATX_INO | unix.STATX_BTIME | unix.STATX_MNT_ID
 
+// Birth returns the time at which the file name beneath dirfd was made, of a symlink itself. It is false where
+// the filesystem or the kernel (before Linux 4.11) doesn't keep it.
+func Birth(dirfd int, name Name) (Time, bool, error) {
+	var x unix.Statx_t
+	for {
+		_, _, errno := unix.Syscall6(unix.SYS_STATX, uintptr(dirfd), uintptr(unsafe.Pointer(unsafe.SliceData(name))),
+			unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT, unix.STATX_BTIME, uintptr(unsafe.Pointer(&x)), 0)
+		runtime.KeepAlive(name)
+		switch errno {
+		case 0:
+			return Time{x.Btime.Sec, x.Btime.Nsec}, x.Mask&unix.STATX_BTIME != 0, nil
+		case unix.EINTR:
+			continue
+		case unix.ENOSYS, unix.EPERM: // a seccomp filter may not know statx: stat itself is never EPERM
+			return Time{}, false, nil
+		}
+		return Time{}, false, errno
+	}
+}
+
 // IdentDir returns the identity of the directory that name beneath dirfd, whose symlinks
 // are followed, leads to. Something else is ENOTDIR.
 func IdentDir(dirfd int, name Name) (Ident, error) {

@@ -1,0 +1,59 @@
+package overlay2
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/bcc2decd/overlay2/archive"
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
+	"golang.org/x/sys/unix"
+)
+
+// TestForkSameTick makes a file, a layer over the file's and a change of the file in it within one tick of the clock,
+// and compares with a sister layer: the file looks untouched by its number and times, and is Modified.
+func TestForkSameTick(t *testing.T) {
+	overlaytest.Require(t, "root", "overlay")
+	overlaytest.EachFS(t, func(t *testing.T, dir string) {
+		d := newTestDriver(t, dir, Options{})
+		alike := 0
+		for i := range 25 {
+			low, up, sister := fmt.Sprint("low", i), fmt.Sprint("up", i), fmt.Sprint("sister", i)
+			must(t, d.CreateReadWrite(low, "", nil))
+			must(t, os.WriteFile(filepath.Join(d.home, low, diffName, "f"), []byte("aaaa"), 0o644))
+			must(t, os.WriteFile(filepath.Join(d.home, low, diffName, "untouched"), []byte("aaaa"), 0o644))
+			must(t, d.CreateReadWrite(up, low, nil))
+			path, put := get(t, d, up)
+			f, err := os.OpenFile(filepath.Join(path, "f"), os.O_WRONLY, 0)
+			must(t, err)
+			_, err = f.WriteString("bbbb")
+			must(t, err)
+			must(t, f.Close())
+			must(t, d.CreateReadWrite(sister, low, nil))
+			other, putOther := get(t, d, sister)
+			var a, b unix.Stat_t
+			must(t, unix.Lstat(filepath.Join(path, "f"), &a))
+			must(t, unix.Lstat(filepath.Join(other, "f"), &b))
+			if a.Ino == b.Ino && a.Ctim == b.Ctim && a.Mtim == b.Mtim {
+				alike++
+			}
+			for _, pair := range [][2]string{{up, sister}, {sister, up}} {
+				changes, err := d.Changes(pair[0], pair[1])
+				must(t, err)
+				if len(changes) != 1 || changes[0] != (archive.Change{Path: "/f", Kind: archive.Modified}) {
+					t.Errorf("%q: %v", pair, changes)
+				}
+			}
+			since, err := d.forkedAt(up, sister)
+			must(t, err)
+			if made := time.Unix(b.Ctim.Unix()); !since.IsZero() && since.Before(made) {
+				t.Errorf("they differ since %v, and the file below both is of %v", since, made)
+			}
+			put()
+			putOther()
+		}
+		t.Logf("%d of 25 looked untouched", alike)
+	})
+}
