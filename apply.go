@@ -73,6 +73,9 @@ func (d *Driver) applyDiff(id, parent string, diff io.Reader) (_ int64, err erro
 		return 0, err
 	}
 	d.tellSkipped(l.id, stats)
+	if err := d.recordApplied(context.Background(), l, lowers); err != nil {
+		return 0, err
+	}
 	return stats.Size, d.endApply(l)
 }
 
@@ -114,6 +117,9 @@ func (d *Driver) beginApply(l *layer, state *layerState, parent bool) (mounted b
 		if err := s.checkChildless(l, links); err != nil {
 			return false, err
 		}
+	}
+	if err := l.dropDigests(); err != nil {
+		return false, err
 	}
 	mark, err := l.incomplete()
 	switch {

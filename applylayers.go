@@ -181,6 +181,9 @@ func (f *filling) fill(ctx context.Context) (int64, error) {
 		}
 	}
 	f.d.tellSkipped(f.l.id, stats)
+	if err := f.d.recordApplied(ctx, f.l, diffPaths(f.d.home, ids)); err != nil {
+		return 0, err
+	}
 	return stats.Size, f.d.endApply(f.l)
 }
 

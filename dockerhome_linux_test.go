@@ -86,6 +86,11 @@ func useDockerHome(t *testing.T, home string, docker dockerHome) {
 		if err := d.Put(id); err != nil {
 			t.Error(err)
 		}
+		wantErr(t, d.Verify(t.Context(), id, nil), ErrNoDigests)
+		must(t, d.RecordDigests(t.Context(), id))
+		if got := differences(t, d, id); got != "" {
+			t.Errorf("verify %s: %s", name, got)
+		}
 		want, isContainer := strings.Join(docker.diffs[name], "\n"), docker.diffs[name] != nil
 		if !isContainer {
 			continue

@@ -294,7 +294,17 @@ func (h *homeState) reread(problems []Problem) error {
 			h.readLink(l.link)
 		}
 	}
-	return h.readStaging()
+	if err := h.readStaging(); err != nil {
+		return err
+	}
+	// A layer that was in neither place may have come from one to the other meanwhile, or be gone with its link.
+	for link := range links {
+		if id := h.links[link].id; id != "" && h.layers[id] == nil && !h.pending[link] {
+			h.readEntry(id, true)
+			h.readLink(link)
+		}
+	}
+	return nil
 }
 
 // settlePause is how long a home is left alone before what looks wrong is read again.
@@ -304,7 +314,7 @@ const settlePause = 20 * time.Millisecond
 // takes no locks, and a layer is not made or mounted by one call.
 func (h *homeState) settle() ([]Problem, error) {
 	problems := h.problems()
-	for n := 0; len(problems) != n; {
+	for round, n := 0, 0; len(problems) > 0 && (round < 2 || len(problems) != n); round++ {
 		n = len(problems)
 		time.Sleep(settlePause)
 		if err := h.reread(problems); err != nil {

@@ -48,7 +48,7 @@ func checkID(id string) error {
 		return fmt.Errorf("%w: %d bytes, more than %d", ErrInvalidID, len(id), maxIDLen)
 	}
 	switch id {
-	case linkDir, stagingDir, diffName, workName, mergedName, linkName, lowerName, committedName, incompleteName:
+	case linkDir, stagingDir, diffName, workName, mergedName, linkName, lowerName, committedName, incompleteName, digestsName:
 		return fmt.Errorf("%w: a name of the driver's own", ErrInvalidID)
 	}
 	return nil

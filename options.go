@@ -71,6 +71,9 @@ type Options struct {
 	// SparseDiffs lets Diff leave out the holes of sparse files (PAX, GNU.sparse 1.0), which ApplyDiff and GNU
 	// tar make again. Without it they are zeros in the tar, as images need: see archive.PackOptions.NoSparse.
 	SparseDiffs bool
+	// RecordDigests makes ApplyDiff and ApplyLayers record a digest of each file, for Verify. That reads
+	// each layer once more, which docs/repair.md has figures of.
+	RecordDigests bool
 	// OverrideKernelCheck lets New work on a kernel that is older than it asks for.
 	OverrideKernelCheck bool
 	// Log takes what cannot be returned, such as an error of a deletion in the
@@ -115,6 +118,7 @@ type Usage struct {
 //	overlay2.override_kernel_check=BOOL Options.OverrideKernelCheck
 //	overlay2.durability=MODE            Options.Durability: background, strict or off
 //	overlay2.mountopt=OPT[,OPT...]      Options.MountOptions
+//	overlay2.record_digests=BOOL        Options.RecordDigests
 //
 // An unknown key or a bad value is ErrInvalidOption and is named.
 func ParseOptions(options []string) (Options, error) {
@@ -133,6 +137,8 @@ func ParseOptions(options []string) (Options, error) {
 			o.Inodes, err = parseLimit(value, parseCount)
 		case "overlay2.override_kernel_check":
 			o.OverrideKernelCheck, err = strconv.ParseBool(value)
+		case "overlay2.record_digests":
+			o.RecordDigests, err = strconv.ParseBool(value)
 		case "overlay2.durability":
 			o.Durability, err = parseDurability(value)
 		case "overlay2.mountopt":

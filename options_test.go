@@ -19,6 +19,7 @@ func TestParseOptions(t *testing.T) {
 		{[]string{"overlay2.size=none", "overlay2.inodes=none"}, Options{}},
 		{[]string{"overlay2.override_kernel_check=true"}, Options{OverrideKernelCheck: true}},
 		{[]string{"overlay2.override_kernel_check=0"}, Options{}},
+		{[]string{"overlay2.record_digests=1"}, Options{RecordDigests: true}},
 		{[]string{"overlay2.mountopt=metacopy=on,volatile"}, Options{MountOptions: []string{"metacopy=on", "volatile"}}},
 	} {
 		got, err := ParseOptions(c.in)
@@ -36,6 +37,7 @@ func TestParseOptions(t *testing.T) {
 		"overlay2.inodes=-1":                     "overlay2.inodes",
 		"overlay2.inodes=1G":                     "overlay2.inodes",
 		"overlay2.override_kernel_check=perhaps": "overlay2.override_kernel_check",
+		"overlay2.record_digests=":               "overlay2.record_digests",
 		"overlay.size=1":                         `"overlay.size"`,
 		"size=1":                                 `"size"`,
 		"overlay2.mountopt=lowerdir=/etc":        "lowerdir",

@@ -2,6 +2,7 @@ package overlay2
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -99,6 +100,11 @@ func steps(t *testing.T) []step {
 			_, err := d.ApplyLayers("top", []LayerDiff{{ID: "new", Diff: bytes.NewReader(one)}, {ID: aboveID, Diff: bytes.NewReader(two)}})
 			return err
 		}, before: stateAbsent, after: treeOne, between: []string{treeTop}, incomplete: true, above: true},
+		{name: "apply-recorded", prepare: create, run: func(d *Driver) error {
+			d.opts.RecordDigests = true
+			return applyTar(one)(d)
+		}, before: treeTop, after: treeOne, incomplete: true},
+		{name: "record", prepare: createOne, run: func(d *Driver) error { return d.RecordDigests(context.Background(), "new") }, before: treeOne, after: treeOne},
 		{name: "get", prepare: createBox, run: get, before: treeTop, after: treeTop},
 		{name: "put", prepare: createBox, begin: func(t *testing.T, d *Driver) { must(t, get(d)) },
 			run: func(d *Driver) error { return d.Put("new") }, before: treeTop, after: treeTop},
@@ -294,6 +300,11 @@ func (s *stepTest) verifyAfter(t *testing.T, d *Driver, step step, allowed ...st
 		t.Errorf("check: %v", p)
 	}
 	state = s.state(t, d, "new")
+	// Digests that are there are whole, and true of what is there.
+	err = d.Verify(t.Context(), "new", func(diff Difference) { t.Errorf("verify: %v", diff) })
+	if err != nil && !errors.Is(err, ErrNoDigests) && !errors.Is(err, ErrIncomplete) && !errors.Is(err, ErrLayerNotFound) {
+		t.Errorf("verify: %v", err)
+	}
 	if step.above {
 		s.removeAbove(t, d, state)
 	}

@@ -3,6 +3,7 @@
 package overlay2
 
 import (
+	"context"
 	"io"
 	"os"
 
@@ -163,3 +164,13 @@ func CheckHome(string) ([]Problem, error) { return nil, ErrNotSupported }
 
 // Repair returns ErrNotSupported.
 func (d *Driver) Repair(RepairOpts) ([]Action, error) { return nil, ErrNotSupported }
+
+// RecordDigests returns ErrNotSupported.
+func (d *Driver) RecordDigests(_ context.Context, id string) error {
+	return layerErr("record digests", id, ErrNotSupported)
+}
+
+// Verify returns ErrNotSupported.
+func (d *Driver) Verify(_ context.Context, id string, _ func(Difference)) error {
+	return layerErr("verify", id, ErrNotSupported)
+}

@@ -163,6 +163,9 @@ type PackOptions struct {
 	// (OCI image-spec 1.1, layer.md): what docker and podman keep of a layer (vbatts/tar-split) cannot make
 	// such a tar again, so that they could not push it.
 	NoSparse bool
+	// AllMarks writes the marks that hide nothing in Lowers too, so that the tar is the same whatever lies below, but for
+	// the content that Lowers are read for.
+	AllMarks bool
 	// Progress, if set, is called with the counts so far about ten times a second and
 	// once at the end, by the goroutine that reads.
 	Progress func(Stats)

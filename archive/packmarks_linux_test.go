@@ -293,3 +293,24 @@ func TestPackClamp(t *testing.T) {
 		t.Error("times are not clamped")
 	}
 }
+
+// TestPackAllMarks: with AllMarks the tar does not depend on whether the lowers have what is hidden.
+func TestPackAllMarks(t *testing.T) {
+	overlaytest.Require(t, "root", "mknod")
+	overlaytest.NoLeaks(t)
+	dir, empty, full := t.TempDir(), t.TempDir(), t.TempDir()
+	overlaytest.Build(t, full, "file a/gone \"x\"\nfile b/hidden \"x\"")
+	overlaytest.Build(t, dir, "whiteout a/gone\ndir b trusted.overlay.opaque=\"y\"")
+	want := string(packed(t, dir, PackOptions{Lowers: []string{full}}))
+	if !strings.Contains(want, "a/.wh.gone") || !strings.Contains(want, "b/.wh..wh..opq") {
+		t.Fatal("marks are missing")
+	}
+	if string(packed(t, dir, PackOptions{Lowers: []string{empty}})) == want {
+		t.Error("marks that hide nothing are packed")
+	}
+	for _, lower := range []string{full, empty} {
+		if string(packed(t, dir, PackOptions{Lowers: []string{lower}, AllMarks: true})) != want {
+			t.Errorf("not all marks over %s", lower)
+		}
+	}
+}

@@ -169,7 +169,7 @@ func (p *packer) forgetLow(i int) {
 
 // whiteout writes the deletion of name, unless it is known to hide nothing.
 func (p *packer) whiteout(name sys.Name) error {
-	if p.lowers != nil && p.opts.Format != Merged {
+	if p.lowers != nil && p.opts.Format != Merged && !p.opts.AllMarks {
 		low, err := p.low()
 		if err != nil || low == nil {
 			return err
@@ -239,7 +239,7 @@ func (p *packer) dir(src source, f *packFrame, through bool) error {
 // hides says whether an opaque directory of that name has something to hide, as far as that is
 // known: the kernel marks most new directories, where nothing lies beneath.
 func (p *packer) hides(name sys.Name) (bool, error) {
-	if p.lowers == nil {
+	if p.lowers == nil || p.opts.AllMarks {
 		return true, nil
 	}
 	low, err := p.low()

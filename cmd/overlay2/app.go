@@ -35,6 +35,7 @@ type app struct {
 
 	root        string
 	json, quiet bool
+	digests     bool // recorded of what is unpacked
 	store       *store.Store
 }
 
@@ -56,7 +57,7 @@ func (a *app) command() *cobra.Command {
 
 Layers lie in ROOT/overlay2, in Docker's format; names and configs beside it.
 
-Exit codes: 0 done; 1 failed, or check or repair left problems; 2 wrong usage; 3 not found;
+Exit codes: 0 done; 1 failed, or check, repair or verify found something; 2 wrong usage; 3 not found;
 4 exists already or is in use; 5 the image is damaged or cannot be read; 130 interrupted.`,
 		Args:          cobra.NoArgs,
 		SilenceErrors: true,
@@ -84,7 +85,7 @@ Exit codes: 0 done; 1 failed, or check or repair left problems; 2 wrong usage; 3
 	cmd.AddCommand(
 		a.importCommand(), a.createCommand(), a.mountCommand(), a.umountCommand(), a.changesCommand(),
 		a.diffCommand(), a.commitCommand(), a.lsCommand(), a.treeCommand(), a.rmCommand(), a.infoCommand(),
-		a.checkCommand(), a.repairCommand(), a.exportCommand(), a.verifyCommand(),
+		a.checkCommand(), a.repairCommand(), a.verifyCommand(), a.exportCommand(), a.compareCommand(),
 	)
 	for _, c := range cmd.Commands() {
 		if args := c.Args; args != nil {
@@ -124,7 +125,7 @@ func (a *app) withDriver(f func(*overlay2.Driver) error) (err error) {
 	if a.quiet {
 		log.SetOutput(io.Discard)
 	}
-	d, err := overlay2.New(a.store.Home(), overlay2.Options{Log: logrus.NewEntry(log)})
+	d, err := overlay2.New(a.store.Home(), overlay2.Options{Log: logrus.NewEntry(log), RecordDigests: a.digests})
 	if err != nil {
 		return err
 	}

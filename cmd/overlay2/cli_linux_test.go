@@ -96,7 +96,9 @@ func TestJSONShapes(t *testing.T) {
 		{"check", "problems"},
 		{"repair", "actions problems"},
 		{"export b --to " + out, "id layers manifest name repacked to"},
-		{"verify " + o.root + " " + o.root, "bytes differences directories files others symlinks"},
+		{"verify --record a", "layers layers.id layers.status"},
+		{"verify a", "layers layers.id layers.status"},
+		{"compare " + o.root + " " + o.root, "bytes differences directories files others symlinks"},
 		{"umount box", "id"},
 		{"rm box a b", "removed"},
 	} {
@@ -369,14 +371,14 @@ func TestCheckFindsDamage(t *testing.T) {
 	o.do("rm", "a")
 }
 
-func TestVerify(t *testing.T) {
+func TestCompare(t *testing.T) {
 	o := newTool(t)
 	a, b := t.TempDir(), t.TempDir()
-	if got := o.do("verify", a, b); !strings.HasPrefix(got, "equal: 0 files") {
+	if got := o.do("compare", a, b); !strings.HasPrefix(got, "equal: 0 files") {
 		t.Error(got)
 	}
 	must(t, os.WriteFile(filepath.Join(b, "x"), nil, 0o600))
-	code, out, said := o.try("verify", a, b)
+	code, out, said := o.try("compare", a, b)
 	if code != exitFailure || out != "\"x\": only in the second\n" || !strings.Contains(said, "1 differences found") {
 		t.Errorf("code %d: %s%s", code, out, said)
 	}
@@ -391,7 +393,7 @@ func TestHelp(t *testing.T) {
 		}
 	}
 	top := o.do("--help")
-	if !strings.Contains(top, "Exit codes") || strings.Contains(top, "verify") {
+	if !strings.Contains(top, "Exit codes") || strings.Contains(top, "\n  compare ") {
 		t.Error(top)
 	}
 	if o.do() != top {

@@ -187,7 +187,7 @@ run overlay2 import "$work/changed.tar"
 	die "the image has another id there"
 run overlay2 create copy --from demo:changed
 run overlay2 mount copy
-run overlay2 verify "$box" "$work/elsewhere/overlay2/copy/merged"
+run overlay2 compare "$box" "$work/elsewhere/overlay2/copy/merged"
 
 say "Remove everything, and look for what is left"
 run overlay2 check

@@ -44,6 +44,7 @@ read again.`,
 	cmd.Flags().StringVar(&f.ref, "ref", "", "import only the image of this name in SOURCE")
 	cmd.Flags().StringVar(&f.platform, "platform", "", "os/arch[/variant] to choose from an index (default: this machine)")
 	cmd.Flags().StringVar(&f.kind, "type", "", "oci, docker or rootfs, instead of looking")
+	cmd.Flags().BoolVar(&a.digests, "record-digests", false, "record a digest of each file that is unpacked, for verify")
 	cmd.Flags().BoolVar(&f.replace, "replace", false, "give the name to this image if another has it")
 	return cmd
 }

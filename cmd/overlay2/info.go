@@ -106,7 +106,7 @@ func (a *app) check() error {
 	return err
 }
 
-// errFound makes check and verify end with code 1.
+// errFound makes check, verify and compare end with code 1.
 var errFound = errors.New("found")
 
 // checkRecords compares the tool's records with the driver's layers.
