@@ -114,7 +114,7 @@ func (d *Driver) beginApply(l *layer, state *layerState, parent bool) (mounted b
 	if lost, err := s.leadsNowhere(l, links); err != nil {
 		return false, err
 	} else if !lost && !parent { // otherwise its children cannot be in use, and wait for it
-		if err := s.checkChildless(l, links); err != nil {
+		if err := d.checkChildless(s, l, links); err != nil {
 			return false, err
 		}
 	}

@@ -127,6 +127,9 @@ func (f *findings) layer(l *seenLayer) {
 			f.mode(l.id, l.id+"/"+name, file, 0o644)
 		}
 	}
+	if l.list.there() {
+		at(childrenName, notDir(l.list))
+	}
 	if l.work.is(unix.S_IFDIR) && wrongMode(l.work.perm(), 0o700) {
 		at(workName, corrupt("mode is %04o, not 0700", l.work.perm()))
 	}
@@ -181,6 +184,9 @@ func (f *findings) chains() {
 		if parent == nil || parent == l {
 			continue
 		}
+		if parent.misses(l) {
+			f.add(id, parent.id+"/"+childrenName, corrupt("layer %s is missing in the list", id))
+		}
 		if !slices.Equal(parent.lowers, l.lowers[1:]) {
 			f.add(id, id+"/"+lowerName, corrupt("not the link and the chain of its parent %s", parent.id))
 		}
@@ -191,6 +197,12 @@ func (f *findings) chains() {
 	f.problems = slices.CompactFunc(slices.SortedFunc(slices.Values(f.problems), func(a, b Problem) int {
 		return strings.Compare(a.String(), b.String())
 	}), func(a, b Problem) bool { return a.String() == b.String() })
+}
+
+// misses reports whether the layer's list of children is sealed, and a child is not in it.
+func (l *seenLayer) misses(child *seenLayer) bool {
+	name, _ := childEntry(child.link, child.id)
+	return l.listed != nil && child.link != "" && !l.listed[name]
 }
 
 // firstChild returns the first layer, by ID, whose parent has this link.

@@ -5,6 +5,7 @@ package overlay2
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/bcc2decd/overlay2/internal/linkid"
@@ -43,36 +44,43 @@ func (s *staging) ownLinks(l *layer) ([]string, error) {
 	return links, errors.Join(err, failed)
 }
 
-// checkChildless returns ErrLayerInUse if another layer has this one in its chain. A layer that
-// never had a child, which the committed file tells, costs one call. For the others every
-// lower file is read, rather than a list kept: it is right whoever made the layers.
-func (s *staging) checkChildless(l *layer, links []string) error {
-	if committed, err := l.has(committedName); err != nil || !committed {
+// checkChildless returns ErrLayerInUse if another layer has this one in its chain. The layer's list of children answers
+// that if it is sealed; if not, as with what Docker made, all layers are looked at.
+// The caller has the layer to itself.
+func (d *Driver) checkChildless(s *staging, l *layer, links []string) error {
+	listfd, odd, err := l.openList()
+	if err != nil {
 		return err
+	}
+	defer func() {
+		if listfd >= 0 {
+			_ = sys.Close(listfd) // opened for reading: nothing can be lost
+		}
+	}()
+	whole, err := d.listsAll(l, listfd)
+	if err != nil {
+		return err
+	}
+	if whole && listfd < 0 {
+		return nil // the usual layer without a child costs three calls
+	}
+	// Chains may hold the link that its file names although it is lost in l/.
+	if own, err := l.link(); err == nil && !slices.Contains(links, own) {
+		links = append(slices.Clone(links), own)
 	}
 	if len(links) == 0 {
 		return nil // no chain can hold it
 	}
-	homefd, err := sys.OpenDirat(s.homefd, ".")
-	if err != nil {
-		return err
-	}
-	defer func() { _ = sys.Close(homefd) }()
 	var child string
-	var failed error
-	err = sys.ReadNames(homefd, func(name string) bool {
-		if name == l.id || checkID(name) != nil {
-			return true
-		}
-		has, err := s.chainHas(name, links)
-		if has || err != nil {
-			child, failed = name, err
-		}
-		return child == ""
-	})
+	if listfd >= 0 {
+		child, odd, err = s.listedChild(l, listfd, links)
+	}
+	if err == nil && child == "" && (odd || !whole) {
+		child, err = d.lookAtAll(s, l, links)
+	}
 	switch {
-	case failed != nil:
-		return fmt.Errorf("whether layer %s is a child: %w", child, failed)
+	case err != nil && child != "":
+		return fmt.Errorf("whether layer %s is a child: %w", child, err)
 	case err != nil:
 		return err
 	case child != "":

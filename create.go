@@ -143,6 +143,7 @@ type newLayer struct {
 	name   string // in staging
 	link   string
 	entry  string // how it is noted until it is on the disk: createPrefix or readWritePrefix
+	listed bool   // among its parent's children
 	batch  *batch // that notes the layer until it is on the disk; nil if it is not noted
 }
 
@@ -174,16 +175,17 @@ func (n *newLayer) make() (err error) {
 	if err := n.fill(); err != nil {
 		return err
 	}
-	if n.parent != nil {
-		if err := n.parent.commit(); err != nil {
-			return fmt.Errorf("parent %s: %w", n.parent.id, err)
-		}
-	}
 	if err := n.record(); err != nil {
 		return err
 	}
 	if err := n.makeLink(); err != nil {
 		return err
+	}
+	if n.parent != nil {
+		n.listed = true
+		if err := n.d.enlist(n.parent, n.link, n.id); err != nil {
+			return fmt.Errorf("parent %s: %w", n.parent.id, err)
+		}
 	}
 	return n.appear()
 }
@@ -246,6 +248,9 @@ func (n *newLayer) fill() (err error) {
 	if err := sys.WriteFileAt(fd, linkName, []byte(n.link), 0o644); err != nil {
 		return fmt.Errorf("%s: %w", linkName, err)
 	}
+	if err := sys.Symlinkat(n.d.seal(unparented), fd, listedName); err != nil {
+		return fmt.Errorf("%s: %w", listedName, err)
+	}
 	if n.parent == nil {
 		return nil
 	}
@@ -305,19 +310,10 @@ func (n *newLayer) undo() error {
 	if n.batch != nil {
 		noted = ignoreAbsent(sys.Unlinkat(n.batch.fd, n.entry, 0))
 	}
+	if n.listed {
+		noted = errors.Join(noted, n.parent.unlistFrom(n.link, n.id))
+	}
 	return errors.Join(removeDangling(n.s.homefd, n.link), n.d.unlimit(n.name), sys.RemoveAllAt(n.s.fd, n.name), noted)
-}
-
-// commit marks the layer as one that has a child.
-func (l *layer) commit() error {
-	committed, err := l.has(committedName)
-	if err != nil || committed {
-		return err
-	}
-	if err := sys.WriteFileAt(l.fd, committedName, nil, 0o600); err != nil && err != unix.EEXIST {
-		return fmt.Errorf("%s: %w", committedName, err)
-	}
-	return nil
 }
 
 // Remove removes a layer; that there is none is no error. A layer that is mounted, read
@@ -367,7 +363,7 @@ func (d *Driver) remove(id string) error {
 	if err != nil {
 		return err
 	}
-	if err := s.checkChildless(l, links); err != nil {
+	if err := d.checkChildless(s, l, links); err != nil {
 		return err
 	}
 	return d.removeUnused(l, s, links)
@@ -392,6 +388,9 @@ func (d *Driver) removeUnused(l *layer, s *staging, links []string) error {
 	for _, link := range links {
 		d.sizes.Delete(link)
 		d.known.forget(link)
+		if err := s.unlist(l.fd, link, l.id); err != nil {
+			d.log.WithError(err).WithField("layer", l.id).Debug("overlay2: it stays in the list of its parent's children")
+		}
 		// The layer is gone. If its link stays it is removed before the files are deleted, which
 		// say what it is, in the background or by the next New.
 		_ = removeDangling(s.homefd, link)

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -39,16 +40,22 @@ func TestLayerOnDisk(t *testing.T) {
 		}
 		want := strings.TrimSpace(`
 "." dir 0710 0:0
+"children" dir 0700 0:0
+"children/` + mid + `.mid" symlink 0777 0:0 -> "-"
 "committed" file 0600 0:0 size=0
 "diff" dir 0755 0:0
-"link" file 0644 0:0 size=26`)
-		if got := layout(t, dir+"/base"); got != want {
+"link" file 0644 0:0 size=26
+"listed" symlink 0777 0:0 -> SEAL`)
+		seal, err := os.Readlink(dir + "/base/listed")
+		must(t, err)
+		if got := strings.ReplaceAll(layout(t, dir+"/base"), strconv.Quote(seal), "SEAL"); got != want {
 			t.Errorf("base:\n%s\nwant:\n%s", got, want)
 		}
 		want = strings.TrimSpace(`
 "." dir 0710 0:0
 "diff" dir 0755 0:0
 "link" file 0644 0:0 size=26
+"listed" symlink 0777 0:0 -> ` + strconv.Quote(d.seal(unparented)) + `
 "lower" file 0644 0:0 size=57
 "work" dir 0700 0:0`)
 		if got := layout(t, dir+"/top"); got != want {

@@ -89,16 +89,29 @@ func TestFaultsWorker(t *testing.T) {
 	f := &faults{}
 	overlaytest.Intercept(t, overlaytest.Failing(), f.decide)
 	all := os.Getenv(faultsAllEnv) != ""
-	for n, step := range append(steps(t), step{
-		name:    "remove-parent",
-		prepare: func(t *testing.T, d *Driver) { must(t, d.CreateReadWrite("new", "top", nil)) },
-		run: func(d *Driver) error {
-			if err := d.Remove("top"); err == nil || !errors.Is(err, ErrLayerInUse) {
-				return err
-			}
-			return nil
-		}, before: treeTop, after: treeTop,
-	}) {
+	removeParent := func(d *Driver) error {
+		if err := d.Remove("top"); err == nil || !errors.Is(err, ErrLayerInUse) {
+			return err
+		}
+		return nil
+	}
+	for n, step := range append(steps(t),
+		step{
+			name:    "remove-parent",
+			prepare: func(t *testing.T, d *Driver) { must(t, d.CreateReadWrite("new", "top", nil)) },
+			run:     removeParent, before: treeTop, after: treeTop,
+		},
+		step{
+			name: "remove-parent-unsealed",
+			prepare: func(t *testing.T, d *Driver) {
+				must(t, d.CreateReadWrite("new", "top", nil))
+				for _, id := range []string{"base", "top", "box"} {
+					must(t, errors.Join(ignoreAbsent(os.RemoveAll(filepath.Join(d.home, id, childrenName))), ignoreAbsent(os.Remove(filepath.Join(d.home, id, listedName)))))
+				}
+			},
+			run: removeParent, before: treeTop, after: treeTop,
+		},
+	) {
 		t.Run(step.name, func(t *testing.T) {
 			w := faultsWorker{f: f, s: setupSteps(t, filepath.Join(dir, step.name)), step: step}
 			errnos, stride := len(faultErrnos), 1

@@ -5,6 +5,7 @@ package overlay2
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -55,7 +56,10 @@ type seenLayer struct {
 	// busy says that a call is at work on the layer now, in whatever process.
 	busy bool
 
-	diff, work, merged, linkFile, lowerFile, committed, incomplete seenFile
+	diff, work, merged, linkFile, lowerFile, committed, incomplete, list seenFile
+
+	// listed are the names in the list of its children, nil if it is not sealed.
+	listed map[string]bool
 
 	link     string // "" if linkErr
 	linkErr  error
@@ -184,7 +188,7 @@ func (h *homeState) readLayer(l *layer) *seenLayer {
 	s := &seenLayer{id: l.id, dir: h.stat(l.fd, ".")}
 	for name, f := range map[string]*seenFile{
 		diffName: &s.diff, workName: &s.work, mergedName: &s.merged, linkName: &s.linkFile, lowerName: &s.lowerFile,
-		committedName: &s.committed, incompleteName: &s.incomplete,
+		committedName: &s.committed, incompleteName: &s.incomplete, childrenName: &s.list,
 	} {
 		if *f = h.stat(l.fd, name); f.err != nil && !f.absent() {
 			h.note(l.id+"/"+name, f.err)
@@ -200,6 +204,11 @@ func (h *homeState) readLayer(l *layer) *seenLayer {
 			h.note(l.id+"/"+lowerName, err)
 			s.rawLower = string(raw)
 		}
+	}
+	if s.list.is(unix.S_IFDIR) {
+		var err error
+		s.listed, err = l.readList()
+		h.note(l.id+"/"+childrenName, err)
 	}
 	if !s.merged.absent() {
 		mounted, err := l.mounted()
@@ -288,7 +297,14 @@ func (h *homeState) reread(problems []Problem) error {
 		layer(h.links[link].id)
 	}
 	h.unread = nil
-	for id := range ids {
+	// Parents first: a child that is still there then was so before, and listed.
+	depth := func(id string) int {
+		if l := h.layers[id]; l != nil {
+			return len(l.lowers)
+		}
+		return 0
+	}
+	for _, id := range slices.SortedFunc(maps.Keys(ids), func(a, b string) int { return depth(a) - depth(b) }) {
 		h.readEntry(id, true)
 		if l := h.layers[id]; l != nil && l.link != "" {
 			h.readLink(l.link)

@@ -248,7 +248,7 @@ func TestNoQuota(t *testing.T) {
 			if _, err := New(home, Options{Size: 1 << 20}); !errors.Is(err, ErrNotSupported) || !strings.Contains(err.Error(), says) {
 				t.Errorf("New with a default size: %v", err)
 			}
-			if u, err := d.Usage("box"); err != nil || u.Inodes != 3 || u.MaxBytes != 0 {
+			if u, err := d.Usage("box"); err != nil || u.Inodes != 4 || u.MaxBytes != 0 {
 				t.Errorf("usage %+v: %v", u, err)
 			}
 			_, err = d.Usage("none")

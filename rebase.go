@@ -74,10 +74,10 @@ func (d *Driver) rebase(id, parent string) error {
 	if err != nil {
 		return err
 	}
-	if err := s.checkChildless(l, own); err != nil {
+	if err := d.checkChildless(s, l, own); err != nil {
 		return err
 	}
-	return d.setLowers(l, p, links)
+	return d.setLowers(s, l, p, links)
 }
 
 // lockRebase locks the layer, until it is closed and the use is dropped, against all who use it. That somebody does
@@ -104,7 +104,7 @@ func (l *layer) lockRebase(state *layerState) (*use, error) {
 }
 
 // setLowers replaces the lower file of a layer that nobody uses.
-func (d *Driver) setLowers(l, parent *layer, links []string) error {
+func (d *Driver) setLowers(s *staging, l, parent *layer, links []string) error {
 	old, err := l.lowers()
 	switch {
 	case err != nil:
@@ -118,7 +118,7 @@ func (d *Driver) setLowers(l, parent *layer, links []string) error {
 	if err != nil {
 		return err
 	}
-	if err := parent.commit(); err != nil {
+	if err := d.enlist(parent, own, l.id); err != nil {
 		return fmt.Errorf("parent %s: %w", parent.id, err)
 	}
 	if err := ignoreAbsent(sys.Unlinkat(l.fd, lowerNew, 0)); err != nil {
@@ -132,9 +132,12 @@ func (d *Driver) setLowers(l, parent *layer, links []string) error {
 		err = unix.Renameat(l.fd, lowerNew, l.fd, lowerName)
 	}
 	if err != nil {
-		return errors.Join(fmt.Errorf("%s: %w", lowerNew, err), ignoreAbsent(sys.Unlinkat(l.fd, lowerNew, 0)))
+		return errors.Join(fmt.Errorf("%s: %w", lowerNew, err), ignoreAbsent(sys.Unlinkat(l.fd, lowerNew, 0)), parent.unlistFrom(own, l.id))
 	}
 	d.sizes.Delete(own)
+	if err := s.unlistOf(old[0], own, l.id); err != nil {
+		d.log.WithError(err).WithField("layer", l.id).Debug("overlay2: it stays in the list of its former parent's children")
+	}
 	if d.opts.Durability == DurabilityOff {
 		return nil
 	}

@@ -200,6 +200,26 @@ func removeName(dirfd int, name string) error {
 	return ignoreAbsent(err)
 }
 
+// list adds a child to the list of its parent's children.
+func (r *repairer) list(parent, link, id string) error {
+	return r.withLayer(parent, func(l *layer) error {
+		fd, err := l.makeList()
+		if err != nil || fd < 0 {
+			return err
+		}
+		name, target := childEntry(link, id)
+		if err = sys.Symlinkat(target, fd, name); err == unix.EEXIST {
+			err = nil
+		}
+		return errors.Join(err, sys.Close(fd))
+	})
+}
+
+// removeList removes what lies in the place of a list of children.
+func (r *repairer) removeList(id string) error {
+	return r.withLayer(id, func(l *layer) error { return removeName(l.fd, childrenName) })
+}
+
 // makeWork makes a layer's work directory.
 func (r *repairer) makeWork(id string) error {
 	return r.withLayer(id, func(l *layer) error {

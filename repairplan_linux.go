@@ -51,7 +51,7 @@ func (h *homeState) plan(opts RepairOpts) []repairStep {
 		p.planFiles(h.layers[id])
 	}
 	p.planEntries()
-	return p.steps
+	return append(p.planLists(), p.steps...) // so that no list lacks a child at any moment
 }
 
 func (p *planner) add(id, path, what, why string, do func(r *repairer) error) {
@@ -238,6 +238,25 @@ func (p *planner) planFiles(l *seenLayer) {
 	if l.mergedErr != nil && !l.busy {
 		p.add(l.id, l.id+"/"+mergedName, "remove", l.mergedErr.Error(), func(r *repairer) error { return r.removeMerged(l.id) })
 	}
+}
+
+// planLists plans for what lacks in the lists of children, as the home is when all else is done.
+func (p *planner) planLists() []repairStep {
+	done := p.steps
+	p.steps = nil
+	for _, id := range p.ids {
+		l := p.h.layers[id]
+		if l.list.there() && !l.list.is(unix.S_IFDIR) {
+			p.add(id, id+"/"+childrenName, "remove", notDir(l.list).Error(), func(r *repairer) error { return r.removeList(id) })
+		}
+		parent := p.h.layers[p.owner[first(l.lowers)]]
+		if parent != nil && parent != l && parent.misses(l) {
+			p.add(id, parent.id+"/"+childrenName, "list layer "+id, "its parent is "+parent.id, func(r *repairer) error { return r.list(parent.id, l.link, id) })
+		}
+	}
+	steps := p.steps
+	p.steps = done
+	return steps
 }
 
 // first returns the first of links, "" if there is none.

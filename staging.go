@@ -129,7 +129,17 @@ func dropLink(s *staging, name string) error {
 	if err != nil || !linkid.Valid(string(data)) {
 		return nil // not made yet, or tampered with: then nobody's link is touched
 	}
-	return removeDangling(s.homefd, string(data))
+	link := string(data)
+	target, err := sys.Readlinkat(s.homefd, linkPrefix+link)
+	if err != nil {
+		return ignoreAbsent(err)
+	}
+	if id, _ := parseLinkTarget(target); id != "" && s.absent(id) {
+		if err := s.unlist(fd, link, id); err != nil {
+			return err
+		}
+	}
+	return removeDangling(s.homefd, link)
 }
 
 // removeDangling removes a link from l/ unless it leads to a layer that has it as its own, or may have.
