@@ -65,9 +65,13 @@ test-kill: ## kill -9 before each system call of each call, and 500 times at ran
 test-processes: ## four processes on one home, one of them killed again and again: DURATION (5m)
 	OVERLAY2_TEST_DURATION=$(or $(DURATION),5m) $(GO) test -count=1 -timeout 60m -run '^TestProcesses$$' -v $(TESTFLAGS) .
 
+.PHONY: soak
+soak: ## random calls of eight goroutines with a model beside: DURATION (30m); OVERLAY2_TEST_SEED repeats a run
+	OVERLAY2_TEST_SOAK=$(or $(DURATION),30m) $(GO) test -count=1 -timeout 0 -run '^TestSoak$$' -v $(TESTFLAGS) .
+
 .PHONY: test-faults
-test-faults: ## let each system call of each call fail with each of six errors: minutes
-	OVERLAY2_TEST_FAULTS_ALL=1 $(GO) test -count=1 -timeout 60m -run '^TestFaults$$' -v $(TESTFLAGS) .
+test-faults: ## let each system call of each call fail with each of six errors: an hour
+	OVERLAY2_TEST_FAULTS_ALL=1 $(GO) test -count=1 -timeout 3h -run '^TestFaults$$' -v $(TESTFLAGS) .
 
 .PHONY: test-docker
 test-docker: deps ## a home that Debian's dockerd and the library use in turns: a minute

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/bcc2decd/overlay2/archive"
+	"github.com/bcc2decd/overlay2/internal/sys"
 )
 
 // pair looks at a layer and the parent that a call names for it: native is true if it is the
@@ -53,7 +54,7 @@ type comparison struct {
 	// For a native comparison: the layer's diff directory and those below it.
 	dir    string
 	lowers []string
-	final  string // see layer.final
+	final  knownSize // see Driver.final
 	// Otherwise: where the layer and the parent, unless that is none, are mounted, and since when they may differ.
 	merged, parent string
 	since          time.Time
@@ -113,7 +114,7 @@ func (d *Driver) compareNative(id, parent string) (_ *comparison, err error) {
 		return nil, err
 	}
 	if c.native {
-		if c.final, err = l.final(state); err != nil {
+		if c.final, err = d.final(l, state); err != nil {
 			return nil, err
 		}
 	}
@@ -220,34 +221,49 @@ func (d *Driver) diffSize(id, parent string) (size int64, err error) {
 	return r.Stats().Size, errors.Join(err, r.Close())
 }
 
-// layerSize returns the size of a layer's own files. That of a layer which nobody can write any more is
-// remembered: under its link, which no other layer ever has, whoever removes and makes layers meanwhile.
+// knownSize is what layerSize remembers of a layer, by its link.
+type knownSize struct {
+	link  string       // "" if nothing is to be remembered
+	state sys.DirState // of the layer's directory
+	size  int64
+}
+
+// layerSize returns the size of a layer's own files. That of a layer which nobody can write is
+// remembered: under its link, which no other layer ever has, whoever removes and makes layers meanwhile, and until its
+// directory changes, as it does when a diff is applied to it, by whomever.
 func (d *Driver) layerSize(c *comparison) (int64, error) {
-	if c.final == "" {
+	if c.final.link == "" {
 		stats, err := archive.Usage(context.Background(), c.dir)
 		return stats.Size, err
 	}
-	if size, ok := d.sizes.Load(c.final); ok {
-		return size.(int64), nil
+	if known, ok := d.sizes.Load(c.final.link); ok && known.(knownSize).state == c.final.state {
+		return known.(knownSize).size, nil
 	}
 	stats, err := archive.Usage(context.Background(), c.dir)
 	if err != nil {
 		return 0, err
 	}
-	d.sizes.Store(c.final, stats.Size)
+	c.final.size = stats.Size
+	d.sizes.Store(c.final.link, c.final)
 	return stats.Size, nil
 }
 
-// final returns the link of a layer that is committed and not mounted, so that it stays as it is; else "".
-func (l *layer) final(state *layerState) (string, error) {
+// final returns the link and the state of a layer that is committed and not mounted, so that it stays as it is unless a
+// diff is applied to it when it has no children any more; else no link.
+func (d *Driver) final(l *layer, state *layerState) (k knownSize, err error) {
 	committed, err := l.has(committedName)
 	if err != nil || !committed || state.mounts > 0 {
-		return "", err
+		return k, err
 	}
 	if mounted, err := l.mounted(); err != nil || mounted {
-		return "", err
+		return k, err
 	}
-	return l.link()
+	now := time.Now()
+	if k.state, err = sys.StateFd(l.fd); err != nil || !k.state.SettledAt(now, d.known.settle) {
+		return k, err
+	}
+	k.link, err = l.link()
+	return k, err
 }
 
 // Changes returns what the layer changes of parent, sorted by path. The parents of what

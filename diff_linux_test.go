@@ -511,6 +511,7 @@ func TestDiffSizeKnown(t *testing.T) {
 	fill(t, d, "base", `file b "123"`)
 	size("base", "", 8)
 	must(t, d.Create("top", "base", nil))
+	time.Sleep(2 * settleTime)
 	size("base", "", 8)
 	size("base", "", 8)
 	n := 0
@@ -519,6 +520,13 @@ func TestDiffSizeKnown(t *testing.T) {
 		t.Errorf("%d sizes are remembered", n)
 	}
 	must(t, d.Remove("top"))
+	must(t, errOf(d.ApplyDiff("base", "", bytes.NewReader(makeTar(t, file("c", "1234"))))))
+	size("base", "", 12)
+	time.Sleep(2 * settleTime)
+	size("base", "", 12)
+	other := openTestDriver(t, d.home, Options{}) // as another process
+	must(t, errOf(other.ApplyDiff("base", "", bytes.NewReader(makeTar(t, file("a", ""))))))
+	size("base", "", 7)
 	must(t, d.Remove("base"))
 	apply(t, d, "base", "", makeTar(t, file("a", "1")))
 	must(t, d.Create("top", "base", nil))
