@@ -109,6 +109,11 @@ test-clients: ## real clients: Debian's dockerd on this library by a plugin, a r
 	cd graphdriver && OVERLAY2_TEST_CLIENTS=$(or $(CLIENTS),quick) OVERLAY2_TEST_REQUIRE=root,clients,dockerd \
 		$(GO) test -count=1 -timeout 60m -run '^TestDockerd$$' -v $(TESTFLAGS) ./internal/plugin
 
+.PHONY: test-containerd
+test-containerd: deps ## Debian's containerd on this library by the proxy plugin; CLIENTS=all kills more often (a minute or two)
+	cd snapshotter && OVERLAY2_TEST_CLIENTS=$(or $(CLIENTS),quick) OVERLAY2_TEST_REQUIRE=root,clients,containerd \
+		$(GO) test -count=1 -timeout 60m -run '^TestContainerd$$' -v $(TESTFLAGS) ./cmd/overlay2-snapshotter
+
 .PHONY: test-vm-graphdriver
 test-vm-graphdriver: ## moby's driver suite in guests, its quota test included
 	$(GO) run ./internal/vmtest -repo graphdriver -pkg . $(VMFLAGS)

@@ -46,14 +46,19 @@ func TestMain(m *testing.M) {
 // needRoot skips a test that cannot run, unless that is forbidden.
 func needRoot(t testing.TB) {
 	t.Helper()
-	if os.Geteuid() == 0 {
-		return
+	if os.Geteuid() != 0 {
+		skipUnlessRequired(t, "root")
 	}
+}
+
+// skipUnlessRequired skips a test for want of something, or fails it if that is required.
+func skipUnlessRequired(t testing.TB, what string) {
+	t.Helper()
 	wanted := strings.Split(os.Getenv("OVERLAY2_TEST_REQUIRE"), ",")
-	if slices.Contains(wanted, "root") || slices.Contains(wanted, "all") {
-		t.Fatal("missing and required: root")
+	if slices.Contains(wanted, what) || slices.Contains(wanted, "all") {
+		t.Fatal("missing and required: " + what)
 	}
-	t.Skip("missing: root") //nolint:forbidigo // the one place of this package, as Require is of the core's
+	t.Skip("missing: " + what) //nolint:forbidigo // the one place of this package, as Require is of the core's
 }
 
 func must(t testing.TB, err error) {
