@@ -96,6 +96,17 @@ VMCI := ^Test(Limit|Resize|Size|Inodes|Usage|GetPut|GetCommitted|LayerOnDisk|App
 test-vm-ci: ## what .ci/run runs in guests: quotas, and the driver where kernels differ
 	$(GO) run ./internal/vmtest -pkg quota
 	$(GO) run ./internal/vmtest -pkg . -run '$(VMCI)'
+	$(GO) run ./internal/vmtest -guest uml-6.1 -module graphdriver/mobyhome
+	$(GO) run ./internal/vmtest -cuts 10
+
+.PHONY: test-powercut
+test-powercut: ## kill a guest while it works on layers, CUTS times (100), and look at what is left: an hour
+	$(GO) run ./internal/vmtest -cuts 40 -unsafe $(VMFLAGS)
+	$(GO) run ./internal/vmtest -cuts $(or $(CUTS),100) $(VMFLAGS)
+
+.PHONY: test-vm-quota
+test-vm-quota: ## moby's own driver and the library on one home with quotas, in a guest
+	$(GO) run ./internal/vmtest -guest uml-6.1 -module graphdriver/mobyhome $(VMFLAGS)
 
 .PHONY: test-vm-all
 test-vm-all: ## the same in all guests: SELinux on, pages of 64 KiB too

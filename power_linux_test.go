@@ -99,14 +99,18 @@ type powerTest struct {
 func newPowerTest(t *testing.T, fs string, mode Durability) *powerTest {
 	overlaytest.Require(t, "root", "overlay")
 	p := &powerTest{t: t, power: overlaytest.NewPower(t, fs), mode: mode}
-	log := logrus.New()
-	log.SetOutput(io.Discard)
-	p.log = logrus.NewEntry(log)
+	p.log = quietLog()
 	p.home = filepath.Join(p.power.Dir, "home")
 	d := p.open(t)
 	must(t, d.Sync())
 	must(t, d.Cleanup())
 	return p
+}
+
+func quietLog() *logrus.Entry {
+	log := logrus.New()
+	log.SetOutput(io.Discard)
+	return logrus.NewEntry(log)
 }
 
 func (p *powerTest) open(t *testing.T) *Driver {
@@ -131,6 +135,9 @@ type powerModel struct {
 	cut    bool
 	layers []*powerLayer
 	busy   map[string]int // layers that are used as a parent right now
+	// tell, if set, is called with each change of what is known of a layer; told is what it was called with.
+	tell func(string)
+	told map[string]string
 }
 
 // note calls f unless power was cut.
@@ -139,6 +146,7 @@ func (m *powerModel) note(f func()) (on bool) {
 	defer m.mu.Unlock()
 	if !m.cut {
 		f()
+		m.tellChanges()
 	}
 	return !m.cut
 }

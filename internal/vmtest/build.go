@@ -19,12 +19,14 @@ type testBinary struct {
 }
 
 // build compiles the tests of all packages whose path has one of the prefixes, statically, so that they
-// run in any guest of the architecture; and the guests' init.
-func build(ctx context.Context, repo, out, arch string, prefixes []string) (tests []testBinary, guestInit string, err error) {
+// run in any guest of the architecture; and the guests' init. The tests are those of a nested module if one is named,
+// and made with cgo, which moby needs for quotas: they are for a guest that sees the host's libraries.
+func build(ctx context.Context, repo, module, out, arch string, prefixes []string) (tests []testBinary, guestInit string, err error) {
+	dir, cgo := repo, "0"
 	run := func(args ...string) (string, error) {
 		cmd := exec.CommandContext(ctx, "go", args...)
-		cmd.Dir = repo
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+arch)
+		cmd.Dir = dir
+		cmd.Env = append(os.Environ(), "CGO_ENABLED="+cgo, "GOOS=linux", "GOARCH="+arch)
 		cmd.Stderr = os.Stderr
 		text, err := cmd.Output()
 		if err != nil {
@@ -36,6 +38,9 @@ func build(ctx context.Context, repo, out, arch string, prefixes []string) (test
 	guestInit = filepath.Join(out, "guestinit")
 	if _, err := run("build", "-buildvcs=false", "-o", guestInit, "github.com/bcc2decd/overlay2/internal/vmtest/guestinit"); err != nil {
 		return nil, "", err
+	}
+	if module != "" {
+		dir, cgo = filepath.Join(repo, module), "1"
 	}
 	list, err := run("list", "-f", "{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}\t{{.Module.Path}}\t{{.Dir}}{{end}}", "./...")
 	if err != nil {

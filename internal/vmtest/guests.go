@@ -53,7 +53,7 @@ func guests() []guest {
 		},
 		{
 			name: "qemu-6.12", arch: "amd64", kernel: "linux-image-6.12-cloud-amd64", disks: disks,
-			quick: []string{".", "quota", "internal/sys"}, quickSkip: "PowerCut|Kill|DeepChain", require: needsAll, timeout: 30 * time.Minute,
+			quick: []string{".", "quota", "internal/sys"}, quickSkip: "PowerCut|Kill|DeepChain|ManyQuotas", require: needsAll, timeout: 30 * time.Minute,
 		},
 		{
 			name: "qemu-6.1", all: true, arch: "amd64", kernel: "linux-image-cloud-amd64", disks: disks,
@@ -68,6 +68,10 @@ func guests() []guest {
 			// mkfs would need the host's programs, which are for another processor.
 			name: "ppc64le-64k", all: true, arch: "ppc64le", kernel: "linux-image-powerpc64le", disks: disks[:2], pageSize: 64 << 10,
 			require: needsBasic + ",ext4,xfs,quota,quota-ext4", testFS: "ext4,xfs", timeout: 40 * time.Minute,
+		},
+		{
+			name: "arm64-16k", all: true, arch: "arm64", kernel: "linux-image-6.12-arm64-16k", disks: disks[:2], pageSize: 16 << 10,
+			require: needsBasic + ",ext4,xfs,quota,quota-ext4", testFS: "ext4,tmpfs,xfs", timeout: 40 * time.Minute,
 		},
 	}
 }

@@ -23,6 +23,8 @@ func install(guests []guest) error {
 			need[umlProgram] = "user-mode-linux"
 		case g.arch == "ppc64le":
 			need[qemu(g.arch)] = "qemu-system-ppc"
+		case g.arch == "arm64":
+			need[qemu(g.arch)] = "qemu-system-arm"
 		default:
 			need[qemu(g.arch)] = "qemu-system-x86"
 		}
@@ -124,7 +126,9 @@ func aptFor(arch, dir string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	line := "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] " + mirror + " " + release + " main\n"
+	// Newer kernels than the release's own come with its security updates.
+	const key = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] "
+	line := key + mirror + " " + release + " main\n" + key + mirror + "-security " + release + "-security main\n"
 	if err := os.WriteFile(list, []byte(line), 0o644); err != nil {
 		return nil, err
 	}
@@ -184,7 +188,7 @@ func debianMirror() (string, error) {
 			}
 			for _, word := range strings.Fields(line) {
 				if strings.HasPrefix(word, "http://") || strings.HasPrefix(word, "https://") {
-					return word, nil
+					return strings.TrimRight(word, "/"), nil
 				}
 			}
 		}

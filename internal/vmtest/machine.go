@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/bcc2decd/overlay2/internal/vmtest/spec"
 )
@@ -22,8 +23,11 @@ const (
 
 // qemu returns the name of the emulator for an architecture.
 func qemu(arch string) string {
-	if arch == "ppc64le" {
+	switch arch {
+	case "ppc64le":
 		return "qemu-system-ppc64"
+	case "arm64":
+		return "qemu-system-aarch64"
 	}
 	return "qemu-system-x86_64"
 }
@@ -37,6 +41,7 @@ type machine struct {
 	guestInit string
 	tests     []testBinary
 	testArgs  []string
+	silence   time.Duration // after which it is taken to hang
 }
 
 // command makes disks and configuration and returns the process that is the guest.
@@ -150,9 +155,14 @@ func (m *machine) qemu(c spec.Config, images []string) (*exec.Cmd, error) {
 		return nil, err
 	}
 	console, model := "ttyS0", []string{"-cpu", "max"}
-	if m.guest.arch == "ppc64le" {
+	switch m.guest.arch {
+	case "ppc64le":
 		console = "hvc0"
 		model = []string{"-M", "pseries,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off", "-cpu", "power9"}
+	case "arm64":
+		console = "ttyAMA0"
+		// Signed pointers as the real algorithm makes them cost half of the emulation's time.
+		model = []string{"-M", "virt", "-cpu", "max,pauth-impdef=on"}
 	}
 	args := model
 	args = append(args,

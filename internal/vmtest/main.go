@@ -19,13 +19,17 @@ import (
 
 // options are the command line's.
 type options struct {
-	repo, cache, guests, packages, run string
-	all, list, verbose, long           bool
+	repo, module, cache              string
+	guests, packages, run            string
+	all, list, verbose, long, unsafe bool
+	cuts                             int
+	slow                             float64
 }
 
 func main() {
 	var o options
 	flag.StringVar(&o.repo, "repo", ".", "the module's directory")
+	flag.StringVar(&o.module, "module", "", "directory of a nested module to test instead, in uml guests")
 	flag.StringVar(&o.cache, "cache", "", "directory for kernels (default: overlay2-vmtest in the user's cache)")
 	flag.StringVar(&o.guests, "guest", "", "guests to run, separated by commas (default: the quick ones)")
 	flag.StringVar(&o.packages, "pkg", "", "packages to test, as paths in the module, separated by commas; . is the top (default: all)")
@@ -33,6 +37,9 @@ func main() {
 	flag.BoolVar(&o.all, "all", false, "run every guest")
 	flag.BoolVar(&o.list, "list", false, "list the guests")
 	flag.BoolVar(&o.long, "long", false, "run tests without -test.short")
+	flag.IntVar(&o.cuts, "cuts", 0, "cut the power of a uml guest so many times while it works on layers")
+	flag.BoolVar(&o.unsafe, "unsafe", false, "with -cuts: nothing is synced, and it must be seen")
+	flag.Float64Var(&o.slow, "slow", 1, "give guests so many times their time, for a busy host")
 	flag.BoolVar(&o.verbose, "v", false, "show the whole console")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -72,8 +79,12 @@ func vmtest(ctx context.Context, o options) error {
 	}
 	var failed []error
 	start := time.Now()
+	run := runGuest
+	if o.cuts > 0 {
+		run, chosen = runCuts, chosen[:1] // uml-6.1, if none is named
+	}
 	for _, g := range chosen {
-		if err := runGuest(ctx, o, g); err != nil {
+		if err := run(ctx, o, g); err != nil {
 			fmt.Printf("FAIL  %s: %v\n", g.name, err)
 			failed = append(failed, fmt.Errorf("%s: %w", g.name, err))
 		}
@@ -106,6 +117,7 @@ func split(list string) []string {
 
 // runGuest builds the tests for a guest and runs them in it.
 func runGuest(ctx context.Context, o options, g guest) (err error) {
+	g.timeout = time.Duration(float64(g.timeout) * o.slow)
 	tmp, err := os.MkdirTemp("", "vmtest-")
 	if err != nil {
 		return err
@@ -115,11 +127,12 @@ func runGuest(ctx context.Context, o options, g guest) (err error) {
 	if len(packages) == 0 && !o.all {
 		packages = g.quick
 	}
-	tests, guestInit, err := build(ctx, o.repo, tmp, g.arch, packages)
+	tests, guestInit, err := build(ctx, o.repo, o.module, tmp, g.arch, packages)
 	if err != nil {
 		return err
 	}
-	m := &machine{guest: g, dir: tmp, repo: o.repo, cache: o.cache, guestInit: guestInit, tests: tests, testArgs: testArgs(o, g)}
+	m := &machine{guest: g, dir: tmp, repo: o.repo, cache: o.cache, guestInit: guestInit, tests: tests, testArgs: testArgs(o, g),
+		silence: time.Duration(float64(silence) * o.slow)}
 	r, err := m.run(ctx, o.verbose)
 	if err != nil {
 		return err

@@ -54,13 +54,13 @@ func (m *machine) run(ctx context.Context, verbose bool) (*report, error) {
 	if err := errors.Join(cmd.Start(), w.Close()); err != nil {
 		return nil, err
 	}
-	quiet := time.AfterFunc(silence, func() { kill(fmt.Errorf("hangs: said nothing for %v", silence)) })
+	quiet := time.AfterFunc(m.silence, func() { kill(fmt.Errorf("hangs: said nothing for %v", m.silence)) })
 	defer quiet.Stop()
 	stop := context.AfterFunc(ctx, func() {
 		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // it may have ended by itself
 	})
 	defer stop()
-	r := &report{guest: m.guest, verbose: verbose, alive: func() { quiet.Reset(silence) }}
+	r := &report{guest: m.guest, verbose: verbose, alive: func() { quiet.Reset(m.silence) }}
 	readErr := r.read(console)
 	waitErr := cmd.Wait()
 	if err := ctx.Err(); err != nil {
