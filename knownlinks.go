@@ -4,6 +4,7 @@ package overlay2
 
 import (
 	"errors"
+	"fmt"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -25,15 +26,16 @@ const (
 )
 
 // knownLinks remembers which directory the link of a layer led to when it was last followed
-// strictly (see resolveLink), so that the layers of each mount are checked by one call each. There
-// are two ways to know that nothing has changed that matters:
+// strictly (see resolveLink), so that the layers of each mount are checked by hardly a call. There
+// are three ways to know that nothing has changed that matters:
 //
+//   - The kernel, which watches l/ and the layer's directory, has told of no change: one call for all links.
 //   - The directory l/ is as it was, so the link still names that layer; and the layer's directory, which
 //     is held open, is as it was, so its diff is still the directory that it was. The latter is
 //     asked of a descriptor, without walking any name.
 //   - The kernel, asked by the link, comes to the very same directory.
 //
-// Whatever fails both is followed strictly again; so what is remembered saves time and decides nothing.
+// Whatever fails all is followed strictly again; so what is remembered saves time and decides nothing.
 type knownLinks struct {
 	mu   sync.Mutex
 	m    map[string]knownLink // by link
@@ -45,6 +47,7 @@ type knownLinks struct {
 	settle time.Duration
 	// maxHeld bounds held. Immutable after New.
 	maxHeld int
+	watches watches
 }
 
 // heldDirs returns how many directories may be held open.
@@ -63,6 +66,8 @@ type knownLink struct {
 	dir  *heldDir
 	// gen is knownLinks.gen when the link was last followed with l/ settled, 0 if never.
 	gen uint64
+	// watch is nil if dir is not watched. What it says is protected by knownLinks.mu, for copies too.
+	watch *watch
 }
 
 // heldDir is the directory of a layer, held open.
@@ -97,25 +102,36 @@ func (l *knownLink) still(lfd int) bool {
 	return err == nil && now.Same(l.diff)
 }
 
-// lookup returns what is known of each link, an empty knownLink if nothing is. The caller unrefs the
-// directories.
-func (k *knownLinks) lookup(links []string) []knownLink {
-	known := make([]knownLink, len(links))
+// lookup returns what is known of each link, an empty knownLink if nothing is, and which of them surely lead where
+// they did: those whose watch holds. base is true if the last of these is surely a base layer. l is the state of l/. The caller
+// unrefs the directories.
+func (k *knownLinks) lookup(links []string, l sys.DirState) (known []knownLink, sure []bool, base bool) {
+	known, sure = make([]knownLink, len(links)), make([]bool, len(links))
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	k.readWatches()
+	watching := k.watches.on && k.watches.l.SameDir(l)
 	for i, link := range links {
 		known[i] = k.m[link]
 		if known[i].dir != nil {
 			known[i].dir.refs.Add(1)
 		}
+		w := known[i].watch
+		sure[i] = w != nil && watching && w.ok
+		base = sure[i] && w.base
 	}
-	return known
+	return known, sure, base
 }
 
 // add remembers a link, with a reference of its own to the directory.
 func (k *knownLinks) add(link string, l knownLink) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	k.put(link, l)
+}
+
+// put is add. mu is held.
+func (k *knownLinks) put(link string, l knownLink) {
 	if k.m == nil || len(k.m) >= maxKnownLinks || k.held >= k.maxHeld && l.dir != nil {
 		k.clear()
 	}
@@ -144,6 +160,7 @@ func (k *knownLinks) forgetAll() {
 // drop removes an entry. mu is held.
 func (k *knownLinks) drop(link string) {
 	if l, ok := k.m[link]; ok {
+		k.watches.drop(l.watch)
 		if l.dir != nil {
 			k.held--
 			l.dir.unref()
@@ -158,13 +175,12 @@ func (k *knownLinks) clear() {
 		l.dir.unref()
 	}
 	k.m, k.held = make(map[string]knownLink), 0
+	k.watches.stop()
 }
 
-// generation returns a number that is the same as long as l/ is, 0 if that cannot be told.
-func (k *knownLinks) generation(lfd int) uint64 {
-	now := time.Now()
-	state, err := sys.StateFd(lfd)
-	if err != nil || !state.SettledAt(now, k.settle) {
+// generation returns a number that is the same as long as l/ is, 0 if that cannot be told. state is that of l/ after now.
+func (k *knownLinks) generation(state sys.DirState, now time.Time) uint64 {
+	if !state.SettledAt(now, k.settle) {
 		return 0
 	}
 	k.mu.Lock()
@@ -200,10 +216,12 @@ func (d *Driver) resolve(links []string) ([]string, error) {
 // before the kernel follows it, while what that takes is at hand in the processor's caches.
 type chain struct {
 	d     *Driver
-	lfd   int    // l/, open
-	gen   uint64 // see knownLinks.generation
+	lfd   int          // l/, open
+	l     sys.DirState // of l/
+	gen   uint64       // see knownLinks.generation
 	links []string
 	known []knownLink
+	sure  []bool // see knownLinks.lookup
 	// checked says that all have been, a moment ago, when one way to mount was looked at before another.
 	checked bool
 }
@@ -214,10 +232,21 @@ func (d *Driver) openChain(links []string) (*chain, error) {
 	if err != nil {
 		return nil, corrupt("%s: %w", linkDir, err)
 	}
-	if err := checkEnd(lfd, links); err != nil {
-		return nil, errors.Join(err, sys.Close(lfd))
+	c := &chain{d: d, lfd: lfd, links: links}
+	now := time.Now()
+	if c.l, err = sys.StateFd(lfd); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", linkDir, err), sys.Close(lfd))
 	}
-	return &chain{d: d, lfd: lfd, gen: d.known.generation(lfd), links: links, known: d.known.lookup(links)}, nil
+	c.gen = d.known.generation(c.l, now)
+	var base bool
+	if c.known, c.sure, base = d.known.lookup(links, c.l); base {
+		return c, nil
+	}
+	if err := checkEnd(lfd, links); err != nil {
+		c.close()
+		return nil, err
+	}
+	return c, nil
 }
 
 func (c *chain) close() {
@@ -229,9 +258,13 @@ func (c *chain) close() {
 
 // check checks one link.
 func (c *chain) check(i int) error {
+	if c.sure[i] {
+		return nil
+	}
 	k := &c.known[i]
 	unchanged := k.dir.unchanged()
 	if unchanged && c.gen != 0 && k.gen == c.gen {
+		c.watch(i)
 		return nil
 	}
 	if !unchanged { // the diff in it may be another by now: nothing is mounted by it
@@ -240,7 +273,7 @@ func (c *chain) check(i int) error {
 	}
 	if k.still(c.lfd) {
 		// A mount makes use of what is held only if all are.
-		if c.gen != 0 && i > 0 && len(c.links) <= c.d.known.maxHeld {
+		if i > 0 && len(c.links) <= c.d.known.maxHeld {
 			c.hold(i)
 		}
 		return nil
@@ -273,8 +306,9 @@ func (c *chain) hold(i int) {
 			return
 		}
 	}
-	k.gen = c.gen
+	k.gen, k.watch = c.gen, nil
 	c.d.known.add(c.links[i], *k)
+	c.watch(i)
 }
 
 // openDir opens the directory of a layer, nil if it has changed just now. That diff in it is the one

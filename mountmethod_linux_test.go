@@ -255,7 +255,7 @@ func TestKnownLinks(t *testing.T) {
 			must(t, os.RemoveAll(home+"/base/diff"))
 		},
 	} {
-		for _, held := range []string{"", ", held", ", held, coarse times"} {
+		for _, held := range []string{"", ", held", ", held, not watched", ", held, not watched, coarse times"} {
 			t.Run(name+held, func(t *testing.T) { testKnownLinks(t, held, tamper) })
 		}
 	}
@@ -280,6 +280,8 @@ func testKnownLinks(t *testing.T, held string, tamper func(t *testing.T, home st
 	if strings.HasSuffix(held, "coarse times") {
 		d.known.settle = settleTime
 	}
+	watched := held == ", held"
+	d.known.watches.off = !watched
 	must(t, d.Create("base", "", nil))
 	must(t, d.Create("other", "", nil))
 	must(t, os.Mkdir(d.home+"/other/diff2", 0o755))
@@ -294,6 +296,9 @@ func testKnownLinks(t *testing.T, held string, tamper func(t *testing.T, home st
 			t.Fatalf("%d directories are held", d.known.held)
 		}
 	}
+	if got := watchedLinks(d); got != map[bool]int{true: 1}[watched] {
+		t.Fatalf("%d directories are watched", got)
+	}
 	if len(d.known.m) != 2 {
 		t.Fatalf("%d links are known", len(d.known.m))
 	}
@@ -303,6 +308,88 @@ func testKnownLinks(t *testing.T, held string, tamper func(t *testing.T, home st
 	if len(d.known.m) != 1 {
 		t.Errorf("%d links are known after that", len(d.known.m))
 	}
+}
+
+// watchedLinks counts the links that are known to lead where they did.
+func watchedLinks(d *Driver) (n int) {
+	d.known.mu.Lock()
+	defer d.known.mu.Unlock()
+	d.known.readWatches()
+	for _, l := range d.known.m {
+		if l.watch != nil && l.watch.ok {
+			n++
+		}
+	}
+	return n
+}
+
+// TestWatches: what the kernel has told of no change of is not looked at again, and what it has is, whoever
+// made the change.
+func TestWatches(t *testing.T) {
+	overlaytest.Require(t, "root", "overlay")
+	d := newTestDriver(t, filepath.Join(t.TempDir(), "home"), Options{})
+	other := openTestDriver(t, d.home, Options{})
+	parent := ""
+	for _, id := range []string{"a", "b", "c"} {
+		must(t, d.Create(id, parent, nil))
+		parent = id
+	}
+	must(t, d.CreateReadWrite("box", parent, nil))
+	getPut := func() {
+		_, put := get(t, d, "box")
+		put()
+	}
+	settle(t, d, "box")
+	want := func(what string, n int) {
+		t.Helper()
+		if got := watchedLinks(d); got != n {
+			t.Errorf("%s: %d links are sure, want %d", what, got, n)
+		}
+	}
+	want("settled", 3)
+	// What calls do to other layers, and above these, says nothing of them.
+	must(t, other.Create("x", "c", nil))
+	must(t, other.Create("y", "a", nil))
+	must(t, other.Remove("x"))
+	_, put := get(t, other, "b")
+	put()
+	getPut()
+	want("others", 3)
+	must(t, os.Chmod(d.home+"/b/diff", 0o700))
+	want("mode", 2)
+	getPut()
+	want("mode, again", 3)
+	// In place, so that no directory changes.
+	link, err := os.ReadFile(d.home + "/b/link")
+	must(t, err)
+	must(t, os.WriteFile(d.home+"/b/link", []byte(linkA), 0o644))
+	want("link file", 2)
+	must(t, os.WriteFile(d.home+"/b/link", link, 0o644))
+	getPut()
+	want("link file, again", 3)
+	must(t, os.WriteFile(d.home+"/a/lower", []byte("l/"+linkA), 0o644))
+	want("lower of the base", 2)
+	_, err = d.Get("box", "")
+	wantErr(t, err, ErrCorrupt)
+	must(t, os.Remove(d.home+"/a/lower"))
+	getPut()
+	want("lower of the base, again", 3)
+	must(t, os.Rename(d.home+"/l", d.home+"/l.old"))
+	want("l moved", 0)
+	must(t, os.Rename(d.home+"/l.old", d.home+"/l"))
+	getPut()
+	want("l moved, again", 3)
+	// More than the kernel keeps.
+	for i := range 20_000 {
+		name := fmt.Sprint(d.home, "/l/", i)
+		must(t, os.Symlink("x", name))
+		must(t, os.Remove(name))
+	}
+	want("overflow", 0)
+	getPut()
+	want("overflow, again", 3)
+	must(t, d.Cleanup())
+	want("cleanup", 0)
 }
 
 // TestHeldDirs: with directories held open too many layers for a page by their names are mounted by the kernel's

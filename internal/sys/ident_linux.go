@@ -107,6 +107,9 @@ func StateFd(fd int) (DirState, error) {
 	return DirState{dev: uint64(st.Dev), ino: st.Ino, ctime: int64(st.Ctim.Sec), ctimeNsec: uint32(st.Ctim.Nsec)}, nil
 }
 
+// SameDir reports whether two are of the same directory, as far as the inode number tells.
+func (s DirState) SameDir(o DirState) bool { return s.dev == o.dev && s.ino == o.ino }
+
 // SettledAt reports whether the last change was at least d before now, a time before StateFd was called: then
 // the next one will be seen, however coarse the filesystem's clock is. A d of 0 is for one that is not.
 func (s DirState) SettledAt(now time.Time, d time.Duration) bool {

@@ -1,0 +1,157 @@
+//go:build linux
+
+package overlay2
+
+import (
+	"github.com/bcc2decd/overlay2/internal/sys"
+)
+
+// watches tells which of the links that knownLinks remembers have been touched since, by whatever process, without a
+// call for each: the kernel notes changes of l/ and of the layers' directories (inotify), and one call reads
+// what it has noted. Where there are no watches left, directories are looked at one by one.
+//
+// All is protected by knownLinks.mu.
+type watches struct {
+	fd   int // good if on
+	on   bool
+	off  bool // there are none to be had
+	full bool // there are no more to be had
+	lwd  int  // of l/
+	l    sys.DirState
+	byWD map[int]*watch
+	buf  []byte
+}
+
+// watch is the watch of a layer's directory, from when it is opened until something was touched.
+type watch struct {
+	wd int
+	// ok says that since the watch began the link was followed strictly, to the directory that is held, and nothing has
+	// been touched.
+	ok, dead bool
+	// base says that the layer is a base layer.
+	base bool
+}
+
+// watchSize holds some hundred changes.
+const watchSize = 16 << 10
+
+// untold are names in a layer's directory that say nothing of what its link leads to.
+var untold = map[string]bool{mergedName: true, committedName: true, childrenName: true, listedName: true}
+
+// start begins to watch l/.
+func (w *watches) start(lfd int, l sys.DirState) bool {
+	if w.on && w.l.SameDir(l) {
+		return true
+	}
+	if w.off {
+		return false
+	}
+	w.stop()
+	fd, err := sys.OpenWatches()
+	if err == nil {
+		w.fd, w.on = fd, true
+		w.lwd, err = sys.Watch(fd, lfd)
+	}
+	if err != nil {
+		w.stop()
+		w.off = true
+		return false
+	}
+	w.l, w.byWD = l, map[int]*watch{}
+	if w.buf == nil {
+		w.buf = make([]byte, watchSize)
+	}
+	return true
+}
+
+// stop ends all watches.
+func (w *watches) stop() {
+	for _, one := range w.byWD {
+		one.kill()
+	}
+	if w.on {
+		_ = sys.Close(w.fd) // opened for reading: nothing can be lost
+	}
+	w.on, w.full, w.byWD = false, false, nil
+}
+
+// drop ends a watch.
+func (w *watches) drop(one *watch) {
+	if one == nil {
+		return
+	}
+	one.kill()
+	if w.on && w.byWD[one.wd] == one {
+		sys.Unwatch(w.fd, one.wd)
+		delete(w.byWD, one.wd)
+	}
+}
+
+func (o *watch) kill() {
+	if o != nil {
+		o.ok, o.dead = false, true
+	}
+}
+
+// readWatches takes up what has been touched. mu is held.
+func (k *knownLinks) readWatches() {
+	w := &k.watches
+	if !w.on {
+		return
+	}
+	lost := false
+	err := sys.ReadWatches(w.fd, w.buf, func(wd int, mask uint32, name string) {
+		switch {
+		case wd < 0: // there was too much to tell
+			lost = true
+		case wd == w.lwd:
+			lost = lost || mask&sys.WatchLost != 0
+			k.m[name].watch.kill()
+		case mask&sys.WatchLost != 0 || !untold[name]:
+			w.byWD[wd].kill()
+		}
+	})
+	if lost || err != nil {
+		w.stop()
+	}
+}
+
+// watch watches the directory of a link that was followed just now, with l/ in this state.
+func (c *chain) watch(i int) {
+	k, known := &c.known[i], &c.d.known
+	one := &watch{}
+	if !known.beginWatch(c, i, one) {
+		return
+	}
+	// Since then nothing goes unnoticed.
+	ok := k.dir.unchanged() && k.still(c.lfd)
+	if ok {
+		diff, err := sys.IdentDir(k.dir.fd, sys.MakeName(diffName))
+		ok = err == nil && diff.Same(k.diff) && checkNamed(c.lfd, "../"+k.id, c.links[i]) == nil
+	}
+	one.base = ok && checkEnd(c.lfd, c.links[i:i+1]) == nil
+	known.mu.Lock()
+	defer known.mu.Unlock()
+	known.readWatches()
+	one.ok = ok && !one.dead
+}
+
+// beginWatch begins to watch the directory that is held for a link. What is remembered of the link has the watch then.
+func (k *knownLinks) beginWatch(c *chain, i int, one *watch) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.watches.full || !k.watches.start(c.lfd, c.l) {
+		return false
+	}
+	wd, err := sys.Watch(k.watches.fd, c.known[i].dir.fd)
+	if err != nil {
+		k.watches.full = true
+		return false
+	}
+	one.wd = wd
+	k.watches.byWD[wd].kill()
+	k.watches.byWD[wd] = one
+	c.known[i].watch = one
+	k.put(c.links[i], c.known[i])
+	return true
+}
