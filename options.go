@@ -31,7 +31,9 @@ const (
 	// numbers in place of names.
 	MountDescriptors
 	// MountFiles takes fsopen(2) and gives the kernel open directories (Linux 6.13, commit
-	// a08557d19ef4): 500 layers, no name is resolved twice. It needs a descriptor for each layer. Nothing takes it by itself.
+	// a08557d19ef4): 500 layers, no name is resolved twice. It needs a descriptor for each layer, and /proc/self/mountinfo
+	// shows absolute paths: on a line of more than 64 KiB, which 500 layers in a home of 120 characters have, programs fail
+	// that read it by a bufio.Scanner (dockerd 20.10 does not start then). Nothing takes it by itself.
 	MountFiles
 )
 
