@@ -63,7 +63,7 @@ func (m *machine) configure() {
 	version, err := exec.Command("containerd", "--version").Output()
 	must(m.t, err)
 	name, cri := "containerd-1.toml", `"io.containerd.grpc.v1.cri"`
-	if strings.Contains(string(version), " v2.") {
+	if strings.Contains(string(version), "/v2 ") {
 		name, cri = "containerd.toml", `"io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime"`
 	}
 	m.t.Logf("%s with %s", strings.TrimSpace(string(version)), name)
@@ -276,7 +276,7 @@ func (m *machine) snapshots() map[string]int {
 	return kinds
 }
 
-// TestContainerd: Debian's containerd, unmodified, imports an image, runs containers by runc, commits, removes and collects garbage; while
+// TestContainerd: a containerd, unmodified, that of PATH, imports an image, runs containers by runc, commits, removes and collects garbage; while
 // the plugin is restarted and killed in between, and in the midst of it.
 func TestContainerd(t *testing.T) {
 	if os.Getenv(clientsEnv) == "" {
