@@ -87,7 +87,8 @@ func runCuts(ctx context.Context, o options, g guest) (err error) {
 		switch found, err := c.cut(ctx, set, i < o.cuts); {
 		case ctx.Err() != nil:
 			return ctx.Err()
-		case err != nil && o.unsafe:
+		case err != nil && o.unsafe && failed(c.console): // not for want of a guest that boots
+			c.showLoss()
 			fmt.Printf("cut %d, %s: loss seen, as it must be: %v\n", i, set.fs, err)
 			return nil
 		case err != nil:
@@ -101,6 +102,17 @@ func runCuts(ctx context.Context, o options, g guest) (err error) {
 		return errors.New("nothing is synced, and no loss was seen: the test proves nothing")
 	}
 	return nil
+}
+
+// showLoss shows what the test says of the first layers that are not as they must be.
+func (c *cutter) showLoss() {
+	shown := 0
+	for _, line := range c.console {
+		if strings.Contains(line, "_test.go:") && shown < 3 {
+			fmt.Print(line)
+			shown++
+		}
+	}
 }
 
 // cut starts a guest, has it look at what is left of its layers, and kills it while it makes new ones.
