@@ -51,23 +51,21 @@ func (w *soakWorker) another() error {
 }
 
 // get gets a layer once or several times, as others do at the same time.
-func (w *soakWorker) get(l *soakLayer) error {
+func (w *soakWorker) get(l *soakLayer) (err error) {
 	w.note("get %s", l.id)
-	for n := 1 + w.r.IntN(3); n > 0; n-- {
-		path, err := w.s.d.Get(l.id, "")
-		if err != nil {
-			return err
-		}
-		defer func() {
-			if err := w.s.d.Put(l.id); err != nil {
-				w.s.t.Errorf("put %s: %v", l.id, err)
-			}
-		}()
-		if n == 1 {
-			return errors.Join(sameSoakTree(path, l.tree), wantSoakErr(w.s.d.Remove(l.id), ErrLayerInUse))
+	got, path := 0, ""
+	for times := 1 + w.r.IntN(3); got < times; got++ {
+		if path, err = w.s.d.Get(l.id, ""); err != nil {
+			break
 		}
 	}
-	return nil
+	if err == nil {
+		err = errors.Join(sameSoakTree(path, l.tree), wantSoakErr(w.s.d.Remove(l.id), ErrLayerInUse))
+	}
+	for range got {
+		err = errors.Join(err, w.s.d.Put(l.id))
+	}
+	return err
 }
 
 // view compares a view. There is none of a layer that somebody has got and can write.
