@@ -16,7 +16,6 @@ import (
 	"github.com/bcc2decd/overlay2/archive"
 	"github.com/bcc2decd/overlay2/internal/sys"
 	"github.com/bcc2decd/overlay2/quota"
-	"github.com/moby/sys/mount"
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 )
@@ -36,7 +35,6 @@ type Driver struct {
 	format           archive.Format
 	rootUID, rootGID uint32
 	log              *logrus.Entry
-	boundHome        bool // New has mounted home on itself
 	quota            *quota.Control
 	quotaErr         error // why quota is nil
 
@@ -52,6 +50,7 @@ type Driver struct {
 	trash    trash
 	sizes    sync.Map // of final layers, by link: see layerSize
 	syncer   syncer
+	bind     homeBind
 }
 
 // New opens the home directory, makes it if it is not there, finds out what the kernel
@@ -203,20 +202,6 @@ func (d *Driver) openHome() (err error) {
 	return nil
 }
 
-// makePrivate mounts the home on itself, privately, if its mount propagates: the layers'
-// mounts would appear in other mount namespaces and stay busy there.
-func (d *Driver) makePrivate() error {
-	shared, err := sys.Propagates(d.home)
-	if err != nil {
-		return err
-	}
-	if !shared {
-		return nil
-	}
-	d.boundHome = true
-	return mount.MakePrivate(d.home)
-}
-
 // String returns "overlay2".
 func (d *Driver) String() string { return driverName }
 
@@ -289,8 +274,8 @@ func (d *Driver) Exists(id string) bool {
 }
 
 // Cleanup syncs what waits for that, waits for deletions in the background and undoes what
-// New has mounted. Mounted layers stay mounted: their Puts may come from another process.
-// The Driver can be used on.
+// New has mounted, or the New of a process that is no more, unless layers are mounted or another Driver uses the home. Mounted
+// layers stay mounted: their Puts may come from another process. The Driver can be used on.
 func (d *Driver) Cleanup() error {
 	err := d.flush(true)
 	if err != nil {
@@ -301,21 +286,6 @@ func (d *Driver) Cleanup() error {
 	d.handOver()
 	d.known.forgetAll()
 	return errors.Join(err, d.unbindHome())
-}
-
-// unbindHome undoes what makePrivate did, unless layers are mounted.
-func (d *Driver) unbindHome() error {
-	if !d.boundHome {
-		return nil
-	}
-	err := unix.Unmount(d.home, unix.UMOUNT_NOFOLLOW)
-	if err == unix.EBUSY { // layers are still mounted beneath
-		return nil
-	}
-	if err != nil && err != unix.EINVAL {
-		return fmt.Errorf("cleanup %s: unmount: %w", d.home, err)
-	}
-	return nil
 }
 
 // chownRoot gives name beneath dirfd to the remapped root.

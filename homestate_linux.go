@@ -260,7 +260,7 @@ func (h *homeState) readStaging() error {
 			if data, err := sys.ReadFileAt(fd, name+"/"+linkName, linkid.Length); err == nil {
 				h.pending[string(data)] = true
 			}
-		} else if !strings.HasPrefix(name, trashPrefix) && !strings.HasPrefix(name, unsyncedPrefix) {
+		} else if !strings.HasPrefix(name, trashPrefix) && !strings.HasPrefix(name, unsyncedPrefix) && !strings.HasPrefix(name, boundPrefix) {
 			h.leftover = append(h.leftover, name)
 		}
 		return true

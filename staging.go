@@ -13,7 +13,6 @@ import (
 
 	"github.com/bcc2decd/overlay2/internal/linkid"
 	"github.com/bcc2decd/overlay2/internal/sys"
-	"github.com/moby/sys/mount"
 	"golang.org/x/sys/unix"
 )
 
@@ -247,7 +246,7 @@ func (d *Driver) deleteTrash(name string) error {
 	}
 	err = sys.RemoveAllAt(s.fd, name)
 	if errors.Is(err, unix.EXDEV) || errors.Is(err, unix.EBUSY) {
-		if err := mount.RecursiveUnmount(filepath.Join(d.home, stagingDir, name)); err != nil {
+		if err := sys.UnmountBelow(filepath.Join(d.home, stagingDir, name)); err != nil {
 			return err
 		}
 		err = sys.RemoveAllAt(s.fd, name)

@@ -8,9 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
-	"path/filepath"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -20,10 +18,8 @@ import (
 	"github.com/bcc2decd/overlay2"
 	"github.com/bcc2decd/overlay2/cmd/overlay2/internal/store"
 	units "github.com/docker/go-units"
-	"github.com/moby/sys/mountinfo"
 	"github.com/sirupsen/logrus"
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 )
 
@@ -140,50 +136,7 @@ func (a *app) locked(f func(*overlay2.Driver) error) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, l.Close()) }()
-	return errors.Join(a.withDriver(f), unbindHome(a.store.Home()))
-}
-
-// unbindHome undoes what the driver of an earlier process has done where mounts are shared,
-// as systemd makes them: the home mounted on itself, privately. It had to stay while layers were
-// mounted beneath. A filesystem that somebody has mounted there is another's.
-func unbindHome(home string) error {
-	home, err := filepath.EvalSymlinks(home)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	infos, err := mountinfo.GetMounts(mountinfo.ParentsFilter(home))
-	if err != nil {
-		return err
-	}
-	byID := map[int]*mountinfo.Info{}
-	var top *mountinfo.Info
-	for _, i := range infos {
-		byID[i.ID] = i
-		if i.Mountpoint == home {
-			top = i // the last is on top
-		}
-	}
-	if top == nil {
-		return nil
-	}
-	below := byID[top.Parent]
-	if below == nil || below.Major != top.Major || below.Minor != top.Minor {
-		return nil
-	}
-	rel, err := filepath.Rel(below.Mountpoint, home)
-	if err != nil {
-		return err
-	}
-	if filepath.Join(below.Root, rel) != top.Root {
-		return nil
-	}
-	if err := unix.Unmount(home, unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EBUSY) {
-		return &fs.PathError{Op: "unmount", Path: home, Err: err}
-	}
-	return nil
+	return a.withDriver(f)
 }
 
 // existing is withDriver for commands that have nothing to do where no store is.
@@ -251,17 +204,4 @@ func now() time.Time {
 		return time.Unix(s, 0).UTC()
 	}
 	return time.Now().UTC().Truncate(time.Second)
-}
-
-// mountPoints returns all places where something is mounted.
-func mountPoints() (map[string]bool, error) {
-	infos, err := mountinfo.GetMounts(nil)
-	if err != nil {
-		return nil, err
-	}
-	points := make(map[string]bool, len(infos))
-	for _, i := range infos {
-		points[i.Mountpoint] = true
-	}
-	return points, nil
 }

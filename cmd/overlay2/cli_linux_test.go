@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -456,6 +457,48 @@ func TestCommitWhileWriting(t *testing.T) {
 	<-stopped
 	o.do("rm", "-f", "box")
 	o.do("rm", "a")
+	o.empty()
+}
+
+// TestLongMountinfo: a line of the mount table that is longer than 64 KiB disturbs no command.
+func TestLongMountinfo(t *testing.T) {
+	o := newTool(t)
+	dir := t.TempDir()
+	must(t, unix.Mount("long", dir, "tmpfs", 0, ""))
+	defer func() { must(t, unix.Unmount(dir, unix.MNT_DETACH)) }()
+	fd, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
+	must(t, err)
+	defer unix.Close(fd)
+	for i := range 400 {
+		lower := filepath.Join(dir, strings.Repeat("d/", 90), strings.Repeat("x", 20), strconv.Itoa(i))
+		must(t, os.MkdirAll(lower, 0o700))
+		if err := unix.FsconfigSetString(fd, "lowerdir+", lower); err != nil {
+			t.Logf("the kernel mounts no chain with names of such length: %v", err)
+			return
+		}
+	}
+	must(t, unix.FsconfigCreate(fd))
+	mnt, err := unix.Fsmount(fd, unix.FSMOUNT_CLOEXEC, 0)
+	must(t, err)
+	must(t, os.Mkdir(filepath.Join(dir, "a b"), 0o700))
+	must(t, unix.MoveMount(mnt, "", unix.AT_FDCWD, filepath.Join(dir, "a b"), unix.MOVE_MOUNT_F_EMPTY_PATH))
+	must(t, unix.Close(mnt))
+	data, err := os.ReadFile("/proc/self/mountinfo")
+	must(t, err)
+	if longest := slices.MaxFunc(strings.Split(string(data), "\n"), func(a, b string) int { return len(a) - len(b) }); len(longest) <= 64<<10 {
+		t.Fatalf("the longest line has %d bytes", len(longest))
+	}
+	if points, err := mountPoints(); err != nil || !points[filepath.Join(dir, "a b")] {
+		t.Errorf("%v", err)
+	}
+	o.do("import", shipped, "--name", "a")
+	path := o.mount("box", "a")
+	if points, err := mountPoints(); err != nil || !points[path] {
+		t.Errorf("%v", err)
+	}
+	o.do("ls")
+	o.do("umount", "box")
+	o.do("rm", "box", "a")
 	o.empty()
 }
 

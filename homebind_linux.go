@@ -1,0 +1,230 @@
+//go:build linux
+
+package overlay2
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+
+	"github.com/bcc2decd/overlay2/internal/sys"
+	"github.com/moby/sys/mount"
+	"golang.org/x/sys/unix"
+)
+
+// Where the mount that holds the home propagates, the layers' mounts would appear in other mount namespaces and stay busy
+// there. So New mounts the home on itself, privately. Such a mount outlives a process that is killed, and keeps the home from being
+// renamed: a record of it, staging/bound-ID -> INSTANCE, lets another Driver know it from one that somebody else has
+// made, use it and undo it. ID is the mount's, INSTANCE as in unsynced-*. Each Driver that uses the mount holds a
+// descriptor on it, so that it is busy for the others.
+
+// boundPrefix begins the name of a record in staging.
+const boundPrefix = "bound-"
+
+// homeBind is the mount of the home on itself.
+type homeBind struct {
+	mu sync.Mutex
+	id int // 0 if there is none, or none of ours
+	fd int // on it, while the Driver has not been cleaned up
+}
+
+// makePrivate sees to it that the home lies on a mount that does not propagate.
+func (d *Driver) makePrivate() error {
+	fd, id, shared, err := d.mountOfHome()
+	if err != nil {
+		return err
+	}
+	if shared {
+		if err := errors.Join(sys.Close(fd), d.bindHome()); err != nil {
+			return err
+		}
+		if fd, id, _, err = d.mountOfHome(); err != nil {
+			return err
+		}
+	}
+	if id == 0 {
+		return sys.Close(fd)
+	}
+	d.bind.fd, d.bind.id = fd, id
+	return nil
+}
+
+// mountOfHome opens the home and looks at the mount that it got. The ID is 0 unless it is one of ours.
+func (d *Driver) mountOfHome() (fd, id int, shared bool, err error) {
+	if fd, err = sys.OpenRoot(d.home); err != nil {
+		return -1, 0, false, err
+	}
+	defer func() {
+		if err != nil {
+			_ = sys.Close(fd)
+		}
+	}()
+	own, err := sys.MountID(fd)
+	if err != nil {
+		return -1, 0, false, err
+	}
+	m, _, err := sys.FindMount(own)
+	if err != nil || m.Path != d.home {
+		return fd, 0, m.Shared, err
+	}
+	below, _, err := sys.FindMount(m.Parent)
+	if err != nil || !m.Binds(below) {
+		return fd, 0, m.Shared, err
+	}
+	instance, err := sys.FSInstance(fd)
+	if err != nil {
+		return -1, 0, false, err
+	}
+	switch recorded, err := sys.Readlinkat(fd, boundRecord(own)); {
+	case err != nil && err != unix.ENOENT && err != unix.EINVAL:
+		return -1, 0, false, fmt.Errorf("%s: %w", boundRecord(own), err)
+	case err == nil && recorded == instance:
+		id = own
+	}
+	return fd, id, m.Shared, nil
+}
+
+// boundRecord returns the path of a mount's record beneath the home.
+func boundRecord(id int) string { return stagingDir + "/" + boundPrefix + strconv.Itoa(id) }
+
+// bindHome mounts the home on itself and makes that mount private. If something is mounted at the home already,
+// that is made private.
+func (d *Driver) bindHome() (err error) {
+	// Locked, so that it is mounted once, and not over what others are just trying.
+	s, err := d.openStaging()
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	if err := sys.Flock(s.fd, unix.LOCK_EX); err != nil {
+		return err
+	}
+	now, _, shared, err := d.mountOfHome()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, sys.Close(now)) }()
+	if !shared {
+		return nil
+	}
+	own, err := sys.MountID(now)
+	if err != nil {
+		return err
+	}
+	m, _, err := sys.FindMount(own)
+	if err != nil {
+		return err
+	}
+	if m.Path == d.home {
+		return mount.MakePrivate(d.home)
+	}
+	if err := d.dropBound(now); err != nil {
+		return err
+	}
+	// The record first: a process that is killed in between leaves a name that says nothing.
+	err = sys.BindSelf(now, d.home, func(id int) error { return d.recordBound(now, id) })
+	if errors.Is(err, unix.ENOSYS) { // open_tree: 5.2, commit a07b20004793
+		return d.bindPlainly()
+	}
+	if err != nil {
+		return err
+	}
+	return mount.MakePrivate(d.home)
+}
+
+// bindPlainly is for kernels where a mount is there before anybody knows its ID.
+func (d *Driver) bindPlainly() error {
+	if err := mount.MakePrivate(d.home); err != nil {
+		return err
+	}
+	fd, err := sys.OpenRoot(d.home)
+	if err != nil {
+		return err
+	}
+	id, err := sys.MountID(fd)
+	if err == nil {
+		err = d.recordBound(fd, id)
+	}
+	return errors.Join(err, sys.Close(fd))
+}
+
+// recordBound notes that a mount is ours.
+func (d *Driver) recordBound(homefd, id int) error {
+	instance, err := sys.FSInstance(homefd)
+	if err == nil {
+		err = ignoreAbsent(sys.Unlinkat(homefd, boundRecord(id), 0)) // of a former mount of this number
+	}
+	if err == nil {
+		err = sys.Symlinkat(instance, homefd, boundRecord(id))
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", boundRecord(id), err)
+	}
+	return nil
+}
+
+// dropBound removes the records of mounts that ended with the machine.
+func (d *Driver) dropBound(homefd int) error {
+	instance, err := sys.FSInstance(homefd)
+	if err != nil {
+		return err
+	}
+	fd, err := sys.OpenDirat(homefd, stagingDir)
+	if err != nil {
+		return err
+	}
+	var old []string
+	err = sys.ReadNames(fd, func(name string) bool {
+		if strings.HasPrefix(name, boundPrefix) {
+			if of, err := sys.Readlinkat(fd, name); err == nil && of != instance {
+				old = append(old, name)
+			}
+		}
+		return true
+	})
+	for _, name := range old {
+		err = errors.Join(err, ignoreAbsent(sys.Unlinkat(fd, name, 0)))
+	}
+	return errors.Join(err, sys.Close(fd))
+}
+
+// unbindHome undoes what makePrivate did, unless layers are mounted or another Driver, of any process, uses the home.
+func (d *Driver) unbindHome() error {
+	b := &d.bind
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.id == 0 {
+		return nil
+	}
+	if b.fd >= 0 {
+		if err := sys.Close(b.fd); err != nil {
+			return err
+		}
+		b.fd = -1
+	}
+	fd, id, _, err := d.mountOfHome()
+	if err != nil {
+		return ignoreAbsent(err) // a home that is gone
+	}
+	if err := sys.Close(fd); err != nil {
+		return err
+	}
+	if id == b.id {
+		err = unix.Unmount(d.home, unix.UMOUNT_NOFOLLOW)
+	}
+	switch err {
+	case nil:
+		b.id = 0
+	case unix.EBUSY:
+		return nil
+	default:
+		return fmt.Errorf("cleanup %s: unmount: %w", d.home, err)
+	}
+	if id == 0 {
+		return nil // somebody else has unmounted it
+	}
+	return ignoreAbsent(unix.Unlink(filepath.Join(d.home, boundRecord(id))))
+}
