@@ -35,22 +35,50 @@ func (d *Driver) Repair(opts RepairOpts) ([]Action, error) {
 	return actions, nil
 }
 
+// PlanRepair is Repair with DryRun without a Driver: it writes nothing, so that the home may be dockerd's and in use, or on a
+// filesystem that is mounted read-only.
+func PlanRepair(home string, opts RepairOpts) ([]Action, error) {
+	actions, err := planHome(home, opts)
+	if err != nil {
+		return nil, fmt.Errorf("repair %s: %w", home, err)
+	}
+	return actions, nil
+}
+
+func planHome(home string, opts RepairOpts) (actions []Action, err error) {
+	h, err := readHome(home)
+	if err != nil {
+		return nil, err
+	}
+	defer h.close()
+	if _, err := h.settle(); err != nil {
+		return nil, err
+	}
+	if h.unread != nil {
+		return nil, h.unread
+	}
+	for _, step := range h.plan(opts) {
+		actions = append(actions, step.Action)
+	}
+	return actions, nil
+}
+
 func (d *Driver) repair(opts RepairOpts) (actions []Action, err error) {
+	if opts.DryRun {
+		return planHome(d.home, opts)
+	}
 	r := &repairer{d: d, staging: staging{homefd: -1, fd: -1}}
 	defer r.staging.close()
-	if !opts.DryRun {
-		if err := r.lock(); err != nil {
-			return nil, err
-		}
+	if err := r.lock(); err != nil {
+		return nil, err
 	}
 	if r.h, err = readHome(d.home); err != nil {
 		return nil, err
 	}
 	defer r.h.close()
-	if r.h.alone = !opts.DryRun; r.h.alone {
-		if err := r.h.readStaging(); err != nil {
-			return nil, err
-		}
+	r.h.alone = true
+	if err := r.h.readStaging(); err != nil {
+		return nil, err
 	}
 	if _, err := r.h.settle(); err != nil {
 		return nil, err
@@ -60,15 +88,13 @@ func (d *Driver) repair(opts RepairOpts) (actions []Action, err error) {
 	}
 	for _, step := range r.h.plan(opts) {
 		a := step.Action
-		if !opts.DryRun {
-			if a.Err = step.do(r); a.Err != nil {
-				err = errors.Join(err, fmt.Errorf("%s: %w", a.Path, a.Err))
-			}
+		if a.Err = step.do(r); a.Err != nil {
+			err = errors.Join(err, fmt.Errorf("%s: %w", a.Path, a.Err))
 		}
 		actions = append(actions, a)
 	}
-	if opts.DryRun || len(actions) == 0 {
-		return actions, nil
+	if len(actions) == 0 {
+		return nil, nil
 	}
 	d.known.forgetAll()
 	d.sizes.Clear()

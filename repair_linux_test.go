@@ -112,6 +112,8 @@ type damageCase struct {
 	lost bool
 	// harmless says that Check need not see it.
 	harmless bool
+	// gone is the layer whose content is lost.
+	gone string
 }
 
 // damageCases are every metadata file of the home with every damage, and every two of a kind exchanged.
@@ -153,6 +155,15 @@ func damageCases(t *testing.T, home string) []damageCase {
 					c.harmless = true
 				}
 				cases = append(cases, c)
+			}
+		}
+	}
+	for _, id := range damagedLayers {
+		for _, dmg := range damages() {
+			if dmg.name != "half" && dmg.name != "dir" && dmg.name != "full dir" { // other content is for Verify to find
+				path := id + "/" + diffName
+				cases = append(cases, damageCase{name: path + " " + dmg.name, lost: true, gone: id,
+					do: func(t *testing.T, home string) bool { return dmg.do(t, home+"/"+path) }})
 			}
 		}
 	}
@@ -247,6 +258,9 @@ func (s *damageTest) run(t *testing.T, c damageCase) {
 	before := overlaytest.Tree(t, s.home, overlaytest.NoTimes)
 	dry, err := d.Repair(RepairOpts{DryRun: true})
 	must(t, err)
+	if planned, err := PlanRepair(s.home, RepairOpts{}); err != nil || fmt.Sprint(planned) != fmt.Sprint(dry) {
+		t.Errorf("planned: %v %v\ndry run: %v", planned, err, dry)
+	}
 	if after := overlaytest.Tree(t, s.home, overlaytest.NoTimes); after != before {
 		t.Errorf("a dry run changed\n%s", overlaytest.Diff(before, after))
 	}
@@ -274,6 +288,9 @@ func (s *damageTest) run(t *testing.T, c damageCase) {
 	}
 	s.compare(t, d, c, len(left) == 0)
 	for _, id := range damagedLayers {
+		if id == c.gone {
+			continue
+		}
 		got := overlaytest.Tree(t, filepath.Join(s.home, id, diffName), overlaytest.NoOverlayXattrs)
 		overlaytest.Compare(t, s.contents[id], got)
 	}

@@ -162,6 +162,9 @@ func (d *Driver) Check() ([]Problem, error) { return nil, ErrNotSupported }
 // CheckHome returns ErrNotSupported.
 func CheckHome(string) ([]Problem, error) { return nil, ErrNotSupported }
 
+// PlanRepair returns ErrNotSupported.
+func PlanRepair(string, RepairOpts) ([]Action, error) { return nil, ErrNotSupported }
+
 // Repair returns ErrNotSupported.
 func (d *Driver) Repair(RepairOpts) ([]Action, error) { return nil, ErrNotSupported }
 
