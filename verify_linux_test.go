@@ -204,7 +204,7 @@ func TestVerifyEnds(t *testing.T) {
 	}
 	entries, err := os.ReadDir(d.home + "/base")
 	must(t, err)
-	if fmt.Sprint(entries) != "[d diff/ - digests - link]" {
+	if fmt.Sprint(entries) != "[d diff/ - digests - link L listed]" {
 		t.Errorf("%v", entries)
 	}
 	// While it is read it stays, for others to read too.
