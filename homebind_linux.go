@@ -57,34 +57,38 @@ func (d *Driver) mountOfHome() (fd, id int, shared bool, err error) {
 	if fd, err = sys.OpenRoot(d.home); err != nil {
 		return -1, 0, false, err
 	}
-	defer func() {
-		if err != nil {
-			_ = sys.Close(fd)
-		}
-	}()
+	if id, shared, err = d.lookAtMount(fd); err != nil {
+		return -1, 0, false, errors.Join(err, sys.Close(fd))
+	}
+	return fd, id, shared, nil
+}
+
+// lookAtMount looks at the mount that the open home lies on.
+func (d *Driver) lookAtMount(fd int) (id int, shared bool, err error) {
 	own, err := sys.MountID(fd)
 	if err != nil {
-		return -1, 0, false, err
+		return 0, false, err
 	}
 	m, _, err := sys.FindMount(own)
 	if err != nil || m.Path != d.home {
-		return fd, 0, m.Shared, err
+		return 0, m.Shared, err
 	}
 	below, _, err := sys.FindMount(m.Parent)
 	if err != nil || !m.Binds(below) {
-		return fd, 0, m.Shared, err
+		return 0, m.Shared, err
 	}
 	instance, err := sys.FSInstance(fd)
 	if err != nil {
-		return -1, 0, false, err
+		return 0, false, err
 	}
-	switch recorded, err := sys.Readlinkat(fd, boundRecord(own)); {
-	case err != nil && err != unix.ENOENT && err != unix.EINVAL:
-		return -1, 0, false, fmt.Errorf("%s: %w", boundRecord(own), err)
-	case err == nil && recorded == instance:
+	recorded, err := sys.Readlinkat(fd, boundRecord(own))
+	if err != nil && err != unix.ENOENT && err != unix.EINVAL {
+		return 0, false, fmt.Errorf("%s: %w", boundRecord(own), err)
+	}
+	if err == nil && recorded == instance {
 		id = own
 	}
-	return fd, id, m.Shared, nil
+	return id, m.Shared, nil
 }
 
 // boundRecord returns the path of a mount's record beneath the home.
