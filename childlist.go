@@ -290,7 +290,7 @@ func (l *layer) readList() (map[string]bool, error) {
 	defer func() { _ = sys.Close(listfd) }()
 	seal, err := sys.Readlinkat(l.fd, listedName)
 	if err != nil {
-		return nil, nil //nolint:nilerr // what cannot be read is no seal
+		return nil, nil // what cannot be read is no seal
 	}
 	names := map[string]bool{}
 	if err := sys.ReadNames(listfd, func(name string) bool { names[name] = true; return true }); err != nil {

@@ -84,7 +84,7 @@ func (c *childScan) readState(id string) error {
 		return err
 	}
 	if err != nil {
-		return nil //nolint:nilerr // gone, or no layer
+		return nil // gone, or no layer
 	}
 	defer q.close()
 	listfd, odd, err := q.openList()
@@ -107,7 +107,7 @@ func (c *childScan) readState(id string) error {
 		return err
 	}
 	if err != nil {
-		return nil //nolint:nilerr // damaged: if a chain holds its link nothing is sealed
+		return nil // damaged: if a chain holds its link nothing is sealed
 	}
 	target, err := sys.Readlinkat(c.s.homefd, linkPrefix+link)
 	if exhausted(err) {

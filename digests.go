@@ -109,7 +109,8 @@ func (s *digester) entry(h *tar.Header, content io.Reader) error {
 	default:
 		b = append(b, '-')
 	}
-	s.line, s.root = append(b, '\n'), name == "."
+	b = append(b, '\n')
+	s.line, s.root = b, name == "."
 	return nil
 }
 
@@ -211,7 +212,8 @@ type digestWriter struct {
 
 func newDigestWriter(w io.Writer) (*digestWriter, error) {
 	d := &digestWriter{w: bufio.NewWriterSize(w, 64<<10), sum: sha256.New()}
-	return d, d.write([]byte(digestsHead))
+	err := d.write([]byte(digestsHead))
+	return d, err
 }
 
 func (d *digestWriter) write(line []byte) error {

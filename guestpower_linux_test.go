@@ -47,9 +47,9 @@ func TestGuestPower(t *testing.T) {
 	p.removeAll(t, d, m)
 	d = p.open(t)
 	must(t, d.Sync())
-	fmt.Printf("\n%sfound %+v\n", cutLine, count)
+	fmt.Fprintf(os.Stdout, "\n%sfound %+v\n", cutLine, count)
 	m = &powerModel{busy: map[string]int{}, told: map[string]string{}}
-	m.tell = func(s string) { fmt.Printf("\n%slayer %s\n", cutLine, s) }
+	m.tell = func(s string) { fmt.Fprintf(os.Stdout, "\n%slayer %s\n", cutLine, s) }
 	var wg sync.WaitGroup
 	for worker := range 3 {
 		wg.Go(func() {

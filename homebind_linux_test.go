@@ -61,7 +61,7 @@ func TestHomeBindWorker(t *testing.T) {
 		_, err = d.Get("box", "")
 		must(t, err)
 	}
-	fmt.Println("ready")
+	fmt.Fprintln(os.Stdout, "ready")
 	_, _ = os.Stdin.Read(make([]byte, 1))
 	must(t, d.Cleanup())
 }

@@ -30,7 +30,7 @@ func TestRepairBusyWorker(t *testing.T) {
 		_, _ = os.Stdin.Read(make([]byte, 1))
 		close(ended)
 	}()
-	fmt.Println("ready")
+	fmt.Fprintln(os.Stdout, "ready")
 	data := makeTar(t, file("busy", strings.Repeat("b", 50_000)))
 	for n := 0; ; n++ {
 		select {

@@ -143,7 +143,7 @@ func (l *layer) checkUnused() error {
 		return fmt.Errorf("%s: %w", diffName, err)
 	}
 	if err != nil {
-		return nil //nolint:nilerr // what is damaged nobody can get
+		return nil // what is damaged nobody can get
 	}
 	defer (&use{fd: fd}).drop()
 	err = sys.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)

@@ -83,7 +83,7 @@ func TestNameListStopped(t *testing.T) {
 	enough := errors.New("enough")
 	for most := range 3 {
 		fd := mustOpen(t, dir)
-		defer func() { _ = sys.Close(fd) }()
+		t.Cleanup(func() { _ = sys.Close(fd) })
 		asked := 0
 		list := nameList{most: most * stopEvery / 2}
 		var dents sys.DirReader

@@ -13,7 +13,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/bcc2decd/overlay2/internal/overlaytest"
+	"github.com/bcc2decd/overlay2/internal/overlaytest" //nolint:depguard // a Docker daemon of a test
 )
 
 // client runs a program that must end well and returns what it printed, without the last newline.
