@@ -32,7 +32,11 @@ func client(t testing.TB, name string, args ...string) string {
 // lowerTemp returns a directory whose name has no capital: what reads references of images takes none in a path.
 func lowerTemp(t testing.TB) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "clients-")
+	parent := os.TempDir()
+	if parent != strings.ToLower(parent) {
+		parent = "/tmp"
+	}
+	dir, err := os.MkdirTemp(parent, "clients-")
 	must(t, err)
 	t.Cleanup(func() { must(t, os.RemoveAll(dir)) })
 	return dir

@@ -108,8 +108,8 @@ func (a *app) commitLayer(d *overlay2.Driver, bars *progress, l *store.Layer, f 
 	top.ChainID, top.Size = chainIDs[len(below)], -1
 	img.Layers = append(img.Layers, top)
 	r, err := a.importOne(d, bars, f.name, img, f.replace)
-	if errors.Is(err, image.ErrDigest) {
-		// The tar's own digest was taken a moment ago: no image is damaged here.
+	if errors.Is(err, image.ErrDigest) || errors.Is(err, archive.ErrChanged) {
+		// The tar's own digest was taken a moment ago: no image is damaged here, nor invalid.
 		return r, fmt.Errorf("layer %s: %w: %s", l.ID, archive.ErrChanged, err.Error())
 	}
 	return r, err
