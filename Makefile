@@ -97,6 +97,7 @@ test-vm-ci: ## what .ci/run runs in guests: quotas, and the driver where kernels
 	$(GO) run ./internal/vmtest -pkg quota
 	$(GO) run ./internal/vmtest -pkg . -run '$(VMCI)'
 	$(GO) run ./internal/vmtest -guest uml-6.1 -module graphdriver/mobyhome
+	$(GO) run ./internal/vmtest -guest uml-6.1 -module snapshotter -pkg . -run Limit
 
 .PHONY: test-powercut
 test-powercut: ## kill a guest while it works on layers, CUTS times (100), and look at what is left: an hour
