@@ -35,11 +35,14 @@ build: ## compile every module
 
 .PHONY: test
 test: deps ## vet and test every module (needs root, else what needs it is skipped)
-	$(call each,$(GO) vet ./... && $(GO) test $(TESTFLAGS) ./...)
+	$(call each,$(GO) vet ./... && $(GO) test -timeout 20m $(TESTFLAGS) ./...)
+
+# What tries one thing after the other, mostly in other processes, has no races to find and takes long.
+NORACE := ^Test(Damage|Faults|Docker.*|ImportingWeight|Kill|KillSteps|KillChildren|RepairKilled)$$
 
 .PHONY: test-race
 test-race: deps ## test the library and the tool with the race detector
-	$(GO) test -race $(TESTFLAGS) ./...
+	$(GO) test -race -timeout 20m -skip '$(NORACE)' $(TESTFLAGS) ./...
 	@set -e; if [ -d cmd/overlay2 ]; then cd cmd/overlay2 && $(GO) test -race $(TESTFLAGS) ./...; fi
 
 .PHONY: lint

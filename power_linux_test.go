@@ -216,11 +216,12 @@ func (p *powerTest) step(d *Driver, m *powerModel, id string) error {
 	if err != nil {
 		return err
 	}
-	m.note(func() { l.created, l.syncedCreate = true, p.mode == DurabilityStrict })
-	if l.readWrite || rand.IntN(5) == 0 {
+	fill := !l.readWrite && rand.IntN(5) > 0
+	// At once: in between another worker would take it for one that may be removed.
+	m.note(func() { l.created, l.applying, l.syncedCreate = true, fill, p.mode == DurabilityStrict })
+	if !fill {
 		return nil
 	}
-	m.note(func() { l.applying = true })
 	if _, err := d.ApplyDiff(id, l.parent, p.tar(id)); err != nil {
 		return err
 	}
