@@ -93,20 +93,30 @@ func (p *Power) Cut(t testing.TB) {
 func (p *Power) Restore(t testing.TB) {
 	t.Helper()
 	var err error
-	for range 100 {
-		// Not detached: the same filesystem, dead as it is, would be mounted again.
+	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		// Not detached: the same filesystem, dead as it is, would be mounted again. That happens too while
+		// another process's mount namespace, made meanwhile, still has it; and a mount of a layer may still be going away.
 		if err = umountBelow(p.Dir); err == nil {
 			err = unix.Unmount(p.Dir, unix.UMOUNT_NOFOLLOW)
 		}
-		if err == nil {
-			break
+		if err != nil && err != unix.EINVAL { // EINVAL: not mounted since the last attempt
+			continue
 		}
-		time.Sleep(20 * time.Millisecond) // a mount of a layer is still going away
+		if err = p.mount(); err != nil {
+			continue
+		}
+		if err = p.alive(); err == nil {
+			return
+		}
 	}
-	if err == nil {
-		err = p.mount()
-	}
+	t.Fatalf("restore: %v", err)
+}
+
+// alive tells whether the filesystem can be written.
+func (p *Power) alive() error {
+	f, err := os.CreateTemp(p.Dir, ".alive-")
 	if err != nil {
-		t.Fatalf("restore: %v", err)
+		return err
 	}
+	return errors.Join(f.Close(), os.Remove(f.Name()))
 }
