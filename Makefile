@@ -118,14 +118,14 @@ test-vm-all: ## the same in all guests: SELinux on, pages of 64 KiB too
 .PHONY: test-clients
 test-clients: ## real clients: Debian's dockerd on this library by a plugin, a registry, podman, buildah, skopeo, umoci; CLIENTS=all kills more often
 	@scripts/deps.sh clients
-	cd cmd/overlay2 && OVERLAY2_TEST_REQUIRE=root,dockerd,docker,containerd,runc,skopeo,umoci,buildah,podman,docker-registry \
+	cd cmd/overlay2 && OVERLAY2_TEST_REQUIRE=all \
 		$(GO) test -count=1 -timeout 60m -run '^Test(Registry|Podman|Buildah|DockerSave|ExportIsReadByOthers)$$' -v $(TESTFLAGS) .
-	cd graphdriver && OVERLAY2_TEST_CLIENTS=$(or $(CLIENTS),quick) OVERLAY2_TEST_REQUIRE=root,clients,dockerd \
+	cd graphdriver && OVERLAY2_TEST_CLIENTS=$(or $(CLIENTS),quick) OVERLAY2_TEST_REQUIRE=all \
 		$(GO) test -count=1 -timeout 60m -run '^TestDockerd$$' -v $(TESTFLAGS) ./internal/plugin
 
 .PHONY: test-containerd
 test-containerd: deps ## Debian's containerd on this library by the proxy plugin; CLIENTS=all kills more often (a minute or two)
-	cd snapshotter && OVERLAY2_TEST_CLIENTS=$(or $(CLIENTS),quick) OVERLAY2_TEST_REQUIRE=root,clients,containerd \
+	cd snapshotter && OVERLAY2_TEST_CLIENTS=$(or $(CLIENTS),quick) OVERLAY2_TEST_REQUIRE=all \
 		$(GO) test -count=1 -timeout 60m -run '^TestContainerd$$' -v $(TESTFLAGS) ./cmd/overlay2-snapshotter
 
 .PHONY: test-vm-graphdriver

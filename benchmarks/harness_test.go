@@ -7,23 +7,11 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
-)
 
-// requireRoot skips a test that needs root, unless OVERLAY2_TEST_REQUIRE names it.
-func requireRoot(t *testing.T) {
-	t.Helper()
-	if os.Geteuid() == 0 {
-		return
-	}
-	wanted := strings.Split(os.Getenv("OVERLAY2_TEST_REQUIRE"), ",")
-	if slices.Contains(wanted, "root") || slices.Contains(wanted, "all") {
-		t.Fatal("missing: root")
-	}
-	t.Skip("missing: root") //nolint:forbidigo // the one place of this module, as Require is of the core's
-}
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
+)
 
 // smallData writes a tar with enough files for the plan of a thousand changes.
 func smallData(t *testing.T, files int) *dataset {
@@ -66,7 +54,7 @@ func smallData(t *testing.T, files int) *dataset {
 // testBench builds the workers that this module holds and mounts beneath a directory of its own.
 func testBench(t *testing.T, names ...string) *bench {
 	t.Helper()
-	requireRoot(t)
+	overlaytest.Require(t, "root")
 	dir, err := os.MkdirTemp("", "o2b")
 	if err != nil {
 		t.Fatal(err)
@@ -167,7 +155,7 @@ func TestBroken(t *testing.T) {
 }
 
 func TestPlan(t *testing.T) {
-	requireRoot(t) // the data has owners
+	overlaytest.Require(t, "root") // the data has owners
 	d := smallData(t, 1500)
 	p, err := makePlan(d.tree)
 	if err != nil {

@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/bcc2decd/overlay2"
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	"github.com/moby/moby/v2/daemon/graphdriver"
 	"github.com/moby/moby/v2/daemon/graphdriver/graphtest"
 	"github.com/moby/sys/user"
@@ -29,27 +30,9 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// need skips a test where the machine lacks something, unless that is forbidden.
-func need(t testing.TB, what string, have bool) {
-	t.Helper()
-	if have {
-		return
-	}
-	wanted := strings.Split(os.Getenv("OVERLAY2_TEST_REQUIRE"), ",")
-	if slices.Contains(wanted, what) || slices.Contains(wanted, "all") {
-		t.Fatal("missing and required: " + what)
-	}
-	t.Skip("missing: " + what) //nolint:forbidigo // the one place of this module, as Require is of the core's
-}
-
-func needRoot(t testing.TB) {
-	t.Helper()
-	need(t, "root", os.Geteuid() == 0)
-}
-
 // TestSuite is moby's own suite for storage drivers. The first and last part hold its one driver.
 func TestSuite(t *testing.T) {
-	needRoot(t)
+	overlaytest.Require(t, "root")
 	graphtest.GetDriver(t, name)
 	t.Run("CreateEmpty", func(t *testing.T) { graphtest.DriverTestCreateEmpty(t, name) })
 	t.Run("CreateBase", func(t *testing.T) { graphtest.DriverTestCreateBase(t, name) })
@@ -66,7 +49,9 @@ func TestSuite(t *testing.T) {
 		defer graphtest.PutDriver(t)
 		status := d.Status()
 		i := slices.IndexFunc(status, func(s [2]string) bool { return s[0] == "Project Quota" })
-		need(t, "quota", i >= 0 && status[i][1] == "true")
+		if i < 0 || status[i][1] != "true" {
+			overlaytest.Missing(t, "quota", errors.New("none on the filesystem of TMPDIR"))
+		}
 		graphtest.DriverTestSetQuota(t, name, true)
 		// The suite leaves its layer mounted: moby's driver drops all mounts at Cleanup.
 		must(t, d.Put(name+"Test"))
@@ -78,7 +63,7 @@ func TestSuite(t *testing.T) {
 // open opens a driver as the daemon does.
 func open(t *testing.T, root string, options ...string) graphdriver.Driver {
 	t.Helper()
-	needRoot(t)
+	overlaytest.Require(t, "root")
 	d, err := graphdriver.New(name, graphdriver.Options{Root: root, DriverOptions: options})
 	if err != nil {
 		t.Fatal(err)
@@ -126,7 +111,7 @@ func TestDiffGetter(t *testing.T) {
 
 // TestErrors: what the daemon asks of errors, and what it is told of what cannot be.
 func TestErrors(t *testing.T) {
-	needRoot(t)
+	overlaytest.Require(t, "root")
 	if err := Register(name); err == nil || !strings.Contains(err.Error(), name) {
 		t.Errorf("registered twice: %v", err)
 	}
@@ -158,7 +143,7 @@ func TestErrors(t *testing.T) {
 
 // TestIdentityMapping: with user namespace remapping on, layers belong to the remapped root.
 func TestIdentityMapping(t *testing.T) {
-	needRoot(t)
+	overlaytest.Require(t, "root")
 	ids := []user.IDMap{{ID: 0, ParentID: 100000, Count: 65536}}
 	root := filepath.Join(t.TempDir(), "home")
 	d, err := Init(root, nil, user.IdentityMapping{UIDMaps: ids, GIDMaps: ids})
@@ -202,6 +187,6 @@ func BenchmarkRead20Layers(b *testing.B) { graphtest.DriverBenchDeepLayerRead(be
 // bench is b, on a machine where the suite's benchmarks can run.
 func bench(b *testing.B) *testing.B {
 	b.Helper()
-	needRoot(b)
+	overlaytest.Require(b, "root")
 	return b
 }

@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
@@ -55,11 +56,9 @@ func owner(t testing.TB, path string) string {
 // TestIDMap: one copy of an image serves a container with an id map, through mounts that containerd makes.
 func TestIDMap(t *testing.T) {
 	ctx := context.Background()
-	needRoot(t)
+	overlaytest.Require(t, "root", "idmap")
 	s, err := New(t.TempDir(), Options{RemapIDs: true, Log: testLog(t)})
-	if err != nil {
-		need(t, "idmap", false)
-	}
+	must(t, err)
 	defer func() {
 		checkOrder(t, s)
 		must(t, s.Close())

@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/bcc2decd/overlay2"
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
@@ -22,7 +23,7 @@ import (
 // openTest opens a root and, at the end of the test, makes sure that layers and records are in order.
 func openTest(t testing.TB, root string, opts Options) *Snapshotter {
 	t.Helper()
-	needRoot(t)
+	overlaytest.Require(t, "root")
 	if opts.Log == nil {
 		opts.Log = testLog(t)
 	}
@@ -399,7 +400,7 @@ func TestSecondInstance(t *testing.T) {
 
 // TestBadRoot: what New does not open, and leaves as it is.
 func TestBadRoot(t *testing.T) {
-	needRoot(t)
+	overlaytest.Require(t, "root")
 	ctx := context.Background()
 	for name, c := range map[string]struct {
 		damage func(t *testing.T, root string)

@@ -3,32 +3,12 @@ package snapshotter
 import (
 	"context"
 	"log/slog"
-	"os"
-	"slices"
-	"strings"
 	"testing"
 
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/testsuite"
 )
-
-// need skips a test where the machine lacks something, unless that is forbidden.
-func need(t testing.TB, what string, have bool) {
-	t.Helper()
-	if have {
-		return
-	}
-	wanted := strings.Split(os.Getenv("OVERLAY2_TEST_REQUIRE"), ",")
-	if slices.Contains(wanted, what) || slices.Contains(wanted, "all") {
-		t.Fatal("missing and required: " + what)
-	}
-	t.Skip("missing: " + what) //nolint:forbidigo // the one place of this module, as Require is of the core's
-}
-
-func needRoot(t testing.TB) {
-	t.Helper()
-	need(t, "root", os.Geteuid() == 0)
-}
 
 func must(t testing.TB, err error) {
 	t.Helper()
@@ -52,7 +32,7 @@ func (w testWriter) Write(p []byte) (int, error) {
 // TestSuite is containerd's own suite. Its name says that a directory of a lower layer cannot be renamed without
 // redirect_dir, as with all overlays; with it, it can.
 func TestSuite(t *testing.T) {
-	needRoot(t)
+	overlaytest.Require(t, "root")
 	for name, opts := range map[string]Options{"overlayfs": {}, "redirect": {MountOptions: []string{"redirect_dir=on"}}} {
 		t.Run(name, func(t *testing.T) {
 			testsuite.SnapshotterSuite(t, name, func(_ context.Context, root string) (snapshots.Snapshotter, func() error, error) {

@@ -13,7 +13,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/bcc2decd/overlay2/internal/overlaytest" //nolint:depguard // a Docker daemon of a test
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
 )
 
 // client runs a program that must end well and returns what it printed, without the last newline.
@@ -82,7 +82,7 @@ func (c changedImage) comesBack(t *testing.T, from string, sameID bool) {
 
 // TestRegistry: an image built here is pushed to a registry and pulled from it.
 func TestRegistry(t *testing.T) {
-	require(t, "root", "docker-registry", "skopeo")
+	overlaytest.Require(t, "root", "cmd:docker-registry", "cmd:skopeo")
 	c := newChangedImage(t)
 	address := startRegistry(t)
 	ref := "docker://" + address + "/demo/app:v1"
@@ -136,7 +136,7 @@ func startRegistry(t *testing.T) string {
 
 // TestPodman: podman loads what is exported, and what it saves is the same here.
 func TestPodman(t *testing.T) {
-	require(t, "root", "podman")
+	overlaytest.Require(t, "root", "cmd:podman")
 	c := newChangedImage(t)
 	dir := lowerTemp(t)
 	podman := func(args ...string) string {
@@ -161,7 +161,7 @@ func TestPodman(t *testing.T) {
 
 // TestBuildah: buildah builds on what is exported, and what it builds is imported.
 func TestBuildah(t *testing.T) {
-	require(t, "root", "buildah", "umoci")
+	overlaytest.Require(t, "root", "cmd:buildah", "cmd:umoci")
 	c := newChangedImage(t)
 	dir := lowerTemp(t)
 	buildah := func(args ...string) string {
@@ -218,7 +218,7 @@ func asUmociSees(t *testing.T, layout string, others ...string) string {
 
 // TestDockerSave: docker loads what is exported, and what it saves is the same image here.
 func TestDockerSave(t *testing.T) {
-	require(t, "root", "dockerd", "docker", "containerd", "runc")
+	overlaytest.Require(t, "dockerd")
 	c := newChangedImage(t)
 	daemon := overlaytest.NewDockerd(t, t.TempDir())
 	daemon.Start("--storage-driver", "overlay2")

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/bcc2decd/overlay2/archive"
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/validate"
 	"golang.org/x/sys/unix"
@@ -110,7 +111,7 @@ func TestExportIsReadByOthers(t *testing.T) {
 		must(t, validate.Index(index))
 	})
 	t.Run("skopeo", func(t *testing.T) {
-		require(t, "skopeo")
+		overlaytest.Require(t, "cmd:skopeo")
 		out, err := exec.Command("skopeo", "inspect", "oci:"+dir+":v1").CombinedOutput()
 		if err != nil || !strings.Contains(string(out), `"Architecture": "amd64"`) {
 			t.Errorf("%v: %s", err, out)
@@ -132,7 +133,7 @@ func TestExportIsReadByOthers(t *testing.T) {
 		}
 	})
 	t.Run("umoci", func(t *testing.T) {
-		require(t, "umoci")
+		overlaytest.Require(t, "cmd:umoci")
 		bundle := filepath.Join(t.TempDir(), "bundle")
 		if out, err := exec.Command("umoci", "unpack", "--image", dir+":v1", bundle).CombinedOutput(); err != nil {
 			t.Fatalf("%v: %s", err, out)

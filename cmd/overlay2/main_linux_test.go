@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"github.com/bcc2decd/overlay2/cmd/overlay2/internal/tree"
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	"golang.org/x/sys/unix"
 )
 
@@ -28,33 +29,6 @@ func TestMain(m *testing.M) {
 		main()
 	}
 	os.Exit(m.Run())
-}
-
-// require skips a test that needs what is not there, unless OVERLAY2_TEST_REQUIRE names it
-// or says "all": then it fails.
-func require(t testing.TB, needs ...string) {
-	t.Helper()
-	for _, need := range needs {
-		missing := ""
-		switch need {
-		case "root":
-			if os.Getuid() != 0 {
-				missing = "root: mounting needs it"
-			}
-		default:
-			if _, err := exec.LookPath(need); err != nil {
-				missing = need + ": " + err.Error()
-			}
-		}
-		if missing == "" {
-			continue
-		}
-		wanted := strings.Split(os.Getenv("OVERLAY2_TEST_REQUIRE"), ",")
-		if slices.Contains(wanted, need) || slices.Contains(wanted, "all") {
-			t.Fatal("missing and required: " + missing)
-		}
-		t.Skip("missing: " + missing) //nolint:forbidigo // the one place of this module, as Require is of the core's
-	}
 }
 
 func must(t testing.TB, err error) {
@@ -73,7 +47,7 @@ type tool struct {
 
 func newTool(t testing.TB) *tool {
 	t.Helper()
-	require(t, "root")
+	overlaytest.Require(t, "root")
 	dir := t.TempDir()
 	inMemory(t, dir)
 	t.Cleanup(func() {

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
 )
 
 // blocks returns the README's code blocks of a language.
@@ -42,7 +44,7 @@ func TestReadmeExample(t *testing.T) {
 
 // The README's commands do what they say, from the first to the last.
 func TestReadmeCommands(t *testing.T) {
-	require(t, "root", "bash")
+	overlaytest.Require(t, "root", "cmd:bash")
 	o := newTool(t)
 	dir := t.TempDir()
 	top, err := filepath.Abs("../..")

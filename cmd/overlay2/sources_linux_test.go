@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"github.com/bcc2decd/overlay2/cmd/overlay2/internal/image"
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
@@ -373,7 +374,7 @@ func TestEmptyImages(t *testing.T) {
 
 // Sources that GNU tar and gzip wrote.
 func TestImportTarOfTar(t *testing.T) {
-	require(t, "tar")
+	overlaytest.Require(t, "cmd:tar")
 	o := newTool(t)
 	dir := ociSource(t, image.CompressGzip, someLayers(t), nil).dir(t)
 	path := filepath.Join(t.TempDir(), "x.tar.gz")

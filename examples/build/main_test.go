@@ -14,20 +14,9 @@ import (
 	"testing"
 
 	"github.com/bcc2decd/overlay2"
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	"github.com/google/go-containerregistry/pkg/v1/validate"
 )
-
-// needRoot skips a test where nothing can be mounted, unless that is forbidden.
-func needRoot(t *testing.T) {
-	t.Helper()
-	if os.Geteuid() == 0 {
-		return
-	}
-	if os.Getenv("OVERLAY2_TEST_REQUIRE") != "" {
-		t.Fatal("missing and required: root")
-	}
-	t.Skip("missing: root") //nolint:forbidigo // the one place of this module, as Require is of the core's
-}
 
 func must(t *testing.T, err error) {
 	t.Helper()
@@ -56,7 +45,7 @@ func layers(t *testing.T, home string) int {
 }
 
 func TestBuild(t *testing.T) {
-	needRoot(t)
+	overlaytest.Require(t, "root")
 	base, dir := unpackBase(t), t.TempDir()
 	home := filepath.Join(dir, "home")
 	for _, name := range []string{"first", "second"} {
@@ -104,7 +93,7 @@ func TestBuild(t *testing.T) {
 
 // TestBuildFails: a command that fails, or a base that is not what its digests say, leaves no layer of the build.
 func TestBuildFails(t *testing.T) {
-	needRoot(t)
+	overlaytest.Require(t, "root")
 	base, dir := unpackBase(t), t.TempDir()
 	home := filepath.Join(dir, "home")
 	var exit *exec.ExitError

@@ -4,14 +4,14 @@ package mobyhome
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
-	"strings"
 	"testing"
 	"unsafe"
 
 	"github.com/bcc2decd/overlay2"
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	"github.com/bcc2decd/overlay2/quota"
 	"github.com/moby/moby/v2/daemon/graphdriver"
 	moby "github.com/moby/moby/v2/daemon/graphdriver/overlay2"
@@ -25,10 +25,7 @@ func quotaHome(t *testing.T) string {
 	dir := os.Getenv("OVERLAY2_TEST_DIR_XFS")
 	_, err := quota.Open(dir)
 	if dir == "" || err != nil {
-		if slices.Contains(strings.Split(os.Getenv("OVERLAY2_TEST_REQUIRE"), ","), "quota") {
-			t.Fatalf("no quotas in %q: %v", dir, err)
-		}
-		t.Skip("needs OVERLAY2_TEST_DIR_XFS, with quotas") //nolint:forbidigo // the one place of this module, as Require is of the core's
+		overlaytest.Missing(t, "quota", fmt.Errorf("OVERLAY2_TEST_DIR_XFS is %q: %w", dir, err))
 	}
 	home, err := os.MkdirTemp(dir, "home-")
 	must(t, err)

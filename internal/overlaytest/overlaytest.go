@@ -3,7 +3,7 @@
 // trees as text (Build, Tree, Compare), real overlay mounts (Mount), random operations
 // on a tree (Random, Apply) and a check that a test leaves nothing behind (NoLeaks).
 //
-// Only tests import it. It is the one place that may skip a test, and three
+// Only tests import it, those of nested modules too. It is the one place that may skip a test, and three
 // variables of the environment govern it:
 //
 //	OVERLAY2_TEST_REQUIRE   list of needs, or "all": a test that lacks one of them fails
@@ -44,6 +44,7 @@ const requireEnv = "OVERLAY2_TEST_REQUIRE"
 //	quota     xfs has project quotas
 //	quota-ext4  ext4 has project quotas
 //	dockerd   Docker's daemon, its client, containerd and runc are installed
+//	clients   OVERLAY2_TEST_CLIENTS asks for tests with other programs, which take minutes
 //
 // A need that starts with "cmd:" is a program that must be in PATH, "cmd:mkfs.xfs".
 //
@@ -52,15 +53,20 @@ const requireEnv = "OVERLAY2_TEST_REQUIRE"
 func Require(t testing.TB, needs ...string) {
 	t.Helper()
 	for _, need := range needs {
-		err := probe(t, need)
-		if err == nil {
-			continue
+		if err := probe(t, need); err != nil {
+			Missing(t, need, err)
 		}
-		if required(os.Getenv(requireEnv), need) {
-			t.Fatalf("%s is required by %s and missing: %v", need, requireEnv, err)
-		}
-		t.Skipf("needs %s: %v", need, err)
 	}
+}
+
+// Missing is what Require does about a need that is missing, for those that only the test can find out: it
+// skips the test, or fails it if OVERLAY2_TEST_REQUIRE names the need.
+func Missing(t testing.TB, need string, why error) {
+	t.Helper()
+	if required(os.Getenv(requireEnv), need) {
+		t.Fatalf("%s is required by %s and missing: %v", need, requireEnv, why)
+	}
+	t.Skipf("needs %s: %v", need, why)
 }
 
 // required reports whether the list, a value of OVERLAY2_TEST_REQUIRE, names the need.

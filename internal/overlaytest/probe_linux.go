@@ -47,6 +47,11 @@ func probe(t testing.TB, need string) error {
 		return err
 	case "dockerd":
 		return probeDockerd()
+	case "clients":
+		if os.Getenv("OVERLAY2_TEST_CLIENTS") == "" {
+			return errors.New("OVERLAY2_TEST_CLIENTS is not set")
+		}
+		return nil
 	case "quota":
 		return probeQuota(t, "xfs")
 	case "quota-ext4":

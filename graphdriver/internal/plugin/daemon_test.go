@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	"golang.org/x/sys/unix"
 )
 
@@ -36,11 +37,7 @@ type machine struct {
 
 func newMachine(t *testing.T) *machine {
 	t.Helper()
-	need(t, "root", os.Geteuid() == 0)
-	for _, program := range []string{dockerd, docker} {
-		_, err := os.Stat(program)
-		need(t, "dockerd", err == nil)
-	}
+	overlaytest.Require(t, "root", "cmd:"+dockerd, "cmd:"+docker)
 	dir, err := os.MkdirTemp("", "dockerd-") // t.TempDir's names are too long for sockets
 	must(t, err)
 	m := &machine{t: t, dir: dir, name: fmt.Sprintf("overlay2test%d", os.Getpid())}

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	"golang.org/x/sys/unix"
 )
 
@@ -25,7 +26,7 @@ func clients() string { return os.Getenv("OVERLAY2_TEST_CLIENTS") }
 // TestDockerd lets Debian's unmodified dockerd work on this library through the plugin. Each part goes on with what
 // those before it left.
 func TestDockerd(t *testing.T) {
-	need(t, "clients", clients() != "")
+	overlaytest.Require(t, "clients")
 	m := newMachine(t)
 	base := image{"base:1", readLayers(t, "../../../testdata/image/busybox.tar")}
 	deep := image{"deep:1", slices.Clone(base.layers)}

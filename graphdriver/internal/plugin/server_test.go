@@ -15,20 +15,9 @@ import (
 	"slices"
 	"strings"
 	"testing"
-)
 
-// need skips a test where the machine lacks something, unless that is forbidden.
-func need(t testing.TB, what string, have bool) {
-	t.Helper()
-	if have {
-		return
-	}
-	wanted := strings.Split(os.Getenv("OVERLAY2_TEST_REQUIRE"), ",")
-	if slices.Contains(wanted, what) || slices.Contains(wanted, "all") {
-		t.Fatal("missing and required: " + what)
-	}
-	t.Skip("missing: " + what) //nolint:forbidigo // the one place of this package, as Require is of the core's
-}
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
+)
 
 func must(t testing.TB, err error) {
 	t.Helper()
@@ -108,7 +97,7 @@ func initBody(t *testing.T, home string, options ...string) string {
 
 // TestProtocol: each call as the daemon makes it, and what it is told when it asks for what cannot be.
 func TestProtocol(t *testing.T) {
-	need(t, "root", os.Geteuid() == 0)
+	overlaytest.Require(t, "root")
 	home := filepath.Join(t.TempDir(), "home")
 	c := serve(t, filepath.Join(t.TempDir(), "state"))
 	var a struct{ Implements []string }
@@ -158,7 +147,7 @@ func TestProtocol(t *testing.T) {
 
 // TestBrokenDiff: what reads a Diff that cannot be whole is told, whether the error comes before the first byte or later.
 func TestBrokenDiff(t *testing.T) {
-	need(t, "root", os.Geteuid() == 0)
+	overlaytest.Require(t, "root")
 	c := serve(t, filepath.Join(t.TempDir(), "state"))
 	c.ok("Init", initBody(t, filepath.Join(t.TempDir(), "home")))
 	r := c.post("GraphDriver.Diff", `{"ID":"missing"}`)
@@ -186,7 +175,7 @@ func TestBrokenDiff(t *testing.T) {
 
 // TestTakeOver: a server goes on where a dead one stopped, and only there.
 func TestTakeOver(t *testing.T) {
-	need(t, "root", os.Geteuid() == 0)
+	overlaytest.Require(t, "root")
 	dir := t.TempDir()
 	state, socket := filepath.Join(dir, "state"), filepath.Join(dir, "sock")
 	c := serve(t, state)

@@ -120,16 +120,17 @@ func leaveRootfs() error {
 	if err := mount("/", "/.root", "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
 		return err
 	}
-	if err := os.Chdir("/.root"); err != nil {
+	root, err := os.Open("/.root")
+	if err != nil {
 		return err
 	}
-	if err := unix.Mount(".", "/", "", unix.MS_MOVE, ""); err != nil {
+	defer root.Close()
+	if err := unix.Mount("/.root", "/", "", unix.MS_MOVE, ""); err != nil {
 		return err
 	}
-	if err := unix.Chroot("."); err != nil {
-		return err
-	}
-	return os.Chdir("/")
+	// No path leads to what was mounted over the root, but its descriptor does. The working directory stays below;
+	// execute gives each program its own.
+	return unix.Chroot(fmt.Sprintf("/proc/self/fd/%d", root.Fd()))
 }
 
 func mountBasics(c spec.Config) error {

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/bcc2decd/overlay2"
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	"golang.org/x/sys/unix"
 )
 
@@ -39,12 +40,7 @@ type machine struct {
 
 func newMachine(t *testing.T) *machine {
 	t.Helper()
-	needRoot(t)
-	for _, program := range []string{"containerd", "ctr", "runc", "containerd-shim-runc-v2"} {
-		if _, err := exec.LookPath(program); err != nil {
-			skipUnlessRequired(t, "containerd")
-		}
-	}
+	overlaytest.Require(t, "root", "cmd:containerd", "cmd:ctr", "cmd:runc", "cmd:containerd-shim-runc-v2")
 	dir, err := os.MkdirTemp("", "ctrd-") // t.TempDir's names are too long for sockets
 	must(t, err)
 	m := &machine{t: t, dir: dir, namespace: fmt.Sprintf("overlay2test%d", os.Getpid())}
@@ -279,9 +275,7 @@ func (m *machine) snapshots() map[string]int {
 // TestContainerd: a containerd, unmodified, that of PATH, imports an image, runs containers by runc, commits, removes and collects garbage; while
 // the plugin is restarted and killed in between, and in the midst of it.
 func TestContainerd(t *testing.T) {
-	if os.Getenv(clientsEnv) == "" {
-		skipUnlessRequired(t, "clients")
-	}
+	overlaytest.Require(t, "clients")
 	m := newMachine(t)
 	image := m.path("image.tar")
 	m.makeImage(image)

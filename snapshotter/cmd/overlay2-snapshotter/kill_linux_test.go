@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/bcc2decd/overlay2"
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	"github.com/bcc2decd/overlay2/snapshotter"
 	"github.com/containerd/containerd/v2/core/snapshots"
 )
@@ -27,7 +28,7 @@ const cutsEnv = "OVERLAY2_TEST_CUTS"
 // TestKill kills a plugin with SIGKILL at random moments, under load. Each call that has ended well has happened, a call that was
 // cut off has happened or not, committed snapshots hold their files, and layers and records fit each other.
 func TestKill(t *testing.T) {
-	needRoot(t)
+	overlaytest.Require(t, "root")
 	cuts := 12
 	if n, err := strconv.Atoi(os.Getenv(cutsEnv)); err == nil && n > 0 {
 		cuts = n

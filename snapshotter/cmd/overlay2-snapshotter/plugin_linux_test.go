@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -41,24 +42,6 @@ func TestMain(m *testing.M) {
 		os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
 	}
 	os.Exit(m.Run())
-}
-
-// needRoot skips a test that cannot run, unless that is forbidden.
-func needRoot(t testing.TB) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		skipUnlessRequired(t, "root")
-	}
-}
-
-// skipUnlessRequired skips a test for want of something, or fails it if that is required.
-func skipUnlessRequired(t testing.TB, what string) {
-	t.Helper()
-	wanted := strings.Split(os.Getenv("OVERLAY2_TEST_REQUIRE"), ",")
-	if slices.Contains(wanted, what) || slices.Contains(wanted, "all") {
-		t.Fatal("missing and required: " + what)
-	}
-	t.Skip("missing: " + what) //nolint:forbidigo // the one place of this package, as Require is of the core's
 }
 
 func must(t testing.TB, err error) {
@@ -102,7 +85,7 @@ func command(args ...string) *exec.Cmd {
 // start starts a plugin and waits until it serves.
 func start(t testing.TB, dir string, args ...string) *plugin {
 	t.Helper()
-	needRoot(t)
+	overlaytest.Require(t, "root")
 	p := &plugin{root: filepath.Join(dir, "root"), address: filepath.Join(dir, "sock", "s.sock"), done: make(chan struct{})}
 	p.cmd = command(append([]string{"--root", p.root, "--address", p.address, "--log-level", "debug"}, args...)...)
 	p.cmd.Stderr = p
@@ -153,7 +136,7 @@ func (p *plugin) stop(t testing.TB) {
 
 // TestSuite is containerd's own suite over the socket, by containerd's proxy.
 func TestSuite(t *testing.T) {
-	needRoot(t)
+	overlaytest.Require(t, "root")
 	testsuite.SnapshotterSuite(t, "overlayfs", func(_ context.Context, root string) (snapshots.Snapshotter, func() error, error) {
 		dir, err := os.MkdirTemp("", "plugin-")
 		if err != nil {
@@ -281,7 +264,7 @@ func TestMetrics(t *testing.T) {
 
 // TestDoesNotStart: a clear error, by exit code and log, for each thing that is wrong.
 func TestDoesNotStart(t *testing.T) {
-	needRoot(t)
+	overlaytest.Require(t, "root")
 	ctx := context.Background()
 	used := t.TempDir()
 	p := start(t, used)
