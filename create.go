@@ -346,10 +346,7 @@ func (d *Driver) remove(id string) error {
 	} else if err != nil {
 		return err
 	}
-	if err := l.checkUnused(); err != nil {
-		return err
-	}
-	unread, err := l.refuseReaders()
+	unread, err := l.refuseOthers()
 	if err != nil {
 		return err
 	}

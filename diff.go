@@ -18,11 +18,7 @@ import (
 // direct parent (or both have none), so that the layer's diff directory alone tells the difference.
 // Lowers are the diff directories below the layer.
 func (d *Driver) pair(l *layer, parent string) (lowers []string, native bool, err error) {
-	links, err := l.lowers()
-	if err != nil {
-		return nil, false, err
-	}
-	ids, err := d.resolve(links)
+	ids, err := d.ancestors(l)
 	if err != nil {
 		return nil, false, err
 	}

@@ -24,15 +24,7 @@ import (
 // TestDockerd: a real dockerd with its own overlay2 driver and this library use a home in turns. Each mounts, reads
 // and changes what the other has written, and no image's digest changes.
 func TestDockerd(t *testing.T) {
-	overlaytest.Require(t, "root", "overlay", "mknod", "dockerd")
-	overlaytest.NoLeaks(t)
-	s := &dockerdTest{T: t, Dockerd: overlaytest.NewDockerd(t, overlaytest.MountFS(t, overlaytest.FS{Name: "ext4"}))}
-	s.home = filepath.Join(s.Data, "overlay2")
-
-	s.Start("--storage-driver", "overlay2")
-	s.makeImages()
-	s.makeBox("box", "built:1")
-	before := s.look()
+	s, before := newDockerdTest(t)
 	s.checkForeign() // while it runs
 	s.Stop()
 
@@ -82,14 +74,7 @@ func TestDockerd(t *testing.T) {
 
 // TestDockerdKilled: what a killed dockerd leaves opens here; Check says what is wrong, and Repair mends it.
 func TestDockerdKilled(t *testing.T) {
-	overlaytest.Require(t, "root", "overlay", "mknod", "dockerd")
-	overlaytest.NoLeaks(t)
-	s := &dockerdTest{T: t, Dockerd: overlaytest.NewDockerd(t, overlaytest.MountFS(t, overlaytest.FS{Name: "ext4"}))}
-	s.home = filepath.Join(s.Data, "overlay2")
-	s.Start("--storage-driver", "overlay2")
-	s.makeImages()
-	s.makeBox("box", "built:1")
-	before := s.look()
+	s, before := newDockerdTest(t)
 	s.Kill()
 	box := before.layers["box"]
 	// As a crash of the machine leaves it: a mount point, and files that are empty. Half a layer.
@@ -124,6 +109,20 @@ type dockerdTest struct {
 	*testing.T
 	*overlaytest.Dockerd
 	home string
+}
+
+// newDockerdTest starts a dockerd with images and a container, and returns what it says of them.
+func newDockerdTest(t *testing.T) (*dockerdTest, look) {
+	t.Helper()
+	overlaytest.Require(t, "root", "overlay", "mknod", "dockerd")
+	overlaytest.NoLeaks(t)
+	s := &dockerdTest{T: t, Dockerd: overlaytest.NewDockerd(t, overlaytest.MountFS(t, overlaytest.FS{Name: "ext4"}))}
+	s.home = filepath.Join(s.Data, "overlay2")
+	s.Start("--storage-driver", "overlay2")
+	s.makeImages()
+	s.makeBox("box", "built:1")
+	before := s.look()
+	return s, before
 }
 
 // look is what dockerd says of its images and containers.

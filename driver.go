@@ -253,15 +253,20 @@ func (d *Driver) metadata(id string) (map[string]string, error) {
 
 // lowerPaths returns the diff directories of the layer's ancestors, nearest first.
 func (d *Driver) lowerPaths(l *layer) ([]string, error) {
-	links, err := l.lowers()
-	if err != nil {
-		return nil, err
-	}
-	ids, err := d.resolve(links)
+	ids, err := d.ancestors(l)
 	if err != nil {
 		return nil, err
 	}
 	return diffPaths(d.home, ids), nil
+}
+
+// ancestors returns the IDs of the layer's ancestors, nearest first.
+func (d *Driver) ancestors(l *layer) ([]string, error) {
+	links, err := l.lowers()
+	if err != nil {
+		return nil, err
+	}
+	return d.resolve(links)
 }
 
 // Exists reports whether there is a layer with this ID.

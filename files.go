@@ -59,7 +59,7 @@ func (d *Driver) parent(id string) (string, error) {
 	if err != nil || len(links) == 0 {
 		return "", err
 	}
-	ids, err := d.resolve(links) // all of them: only a whole chain ends with a base layer
+	ids, err := resolve(d.home, links[:1]) // comparing looks at the others
 	if err != nil {
 		return "", err
 	}

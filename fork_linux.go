@@ -48,11 +48,7 @@ func (d *Driver) chainOf(id string) ([]string, error) {
 		return nil, err
 	}
 	defer l.close()
-	links, err := l.lowers()
-	if err != nil {
-		return nil, err
-	}
-	ids, err := d.resolve(links)
+	ids, err := d.ancestors(l)
 	if err != nil {
 		return nil, err
 	}

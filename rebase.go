@@ -92,7 +92,7 @@ func (l *layer) lockRebase(state *layerState) (*use, error) {
 	} else if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(l.checkHere(), l.checkWhole(), l.checkUnused()); err != nil {
+	if err := errors.Join(l.checkHere(), l.checkWhole()); err != nil {
 		return nil, err
 	}
 	if mounted, err := l.mounted(); err != nil {
@@ -100,7 +100,7 @@ func (l *layer) lockRebase(state *layerState) (*use, error) {
 	} else if mounted {
 		return nil, fmt.Errorf("%w: mounted by a process that is no more", ErrLayerInUse)
 	}
-	return l.refuseReaders()
+	return l.refuseOthers()
 }
 
 // setLowers replaces the lower file of a layer that nobody uses.

@@ -293,10 +293,7 @@ func (r *repairer) discardLeftover(name string) error {
 // discardLayer throws a layer away that no link leads to.
 func (r *repairer) discardLayer(id string) error {
 	return r.withLayer(id, func(l *layer) error {
-		if err := l.checkUnused(); err != nil {
-			return err
-		}
-		unread, err := l.refuseReaders()
+		unread, err := l.refuseOthers()
 		if err != nil {
 			return err
 		}

@@ -89,6 +89,15 @@ func (l *layer) refuseReaders() (*use, error) {
 	return u, nil
 }
 
+// refuseOthers returns ErrLayerInUse if another process uses the layer, whose directory the caller has locked for
+// writing, or if somebody reads it. Until drop nobody begins to read.
+func (l *layer) refuseOthers() (*use, error) {
+	if err := l.checkUnused(); err != nil {
+		return nil, err
+	}
+	return l.refuseReaders()
+}
+
 // openLink opens the layer's link file for a lock, whatever it is.
 func (l *layer) openLink() (int, error) {
 	return sys.Openat(l.fd, linkName, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
