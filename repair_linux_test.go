@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/bcc2decd/overlay2/internal/overlaytest"
@@ -210,20 +211,32 @@ func TestDamage(t *testing.T) {
 	}
 	must(t, d.Cleanup())
 	must(t, os.Remove(home+"/staging"))
+	var wg sync.WaitGroup
+	var mu sync.Mutex
 	seen, mended, n := 0, 0, 0
-	for _, c := range damageCases(t, home) {
-		copied := fmt.Sprintf("%s/%d", dir, n)
+	slots := make(chan struct{}, 8) // Check and Repair mostly wait, for what others may be about to end
+	for i, c := range damageCases(t, home) {
+		copied := fmt.Sprintf("%s/%d", dir, i)
 		overlaytest.CopyTree(t, home, copied)
-		if c.do(t, copied) {
-			n++
-			t.Run(c.name, func(t *testing.T) {
-				s := &damageTest{home: copied, trees: trees, diffs: diffs, contents: contents}
-				s.run(t, c)
-				seen, mended = seen+s.seen, mended+s.mended
-			})
+		if !c.do(t, copied) {
+			must(t, os.RemoveAll(copied))
+			continue
 		}
-		must(t, os.RemoveAll(copied))
+		n++
+		slots <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-slots }()
+			s := &damageTest{home: copied, trees: trees, diffs: diffs, contents: contents}
+			t.Run(c.name, func(t *testing.T) { s.run(t, c) })
+			if err := os.RemoveAll(copied); err != nil {
+				t.Error(err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			seen, mended = seen+s.seen, mended+s.mended
+		})
 	}
+	wg.Wait()
 	t.Logf("%d damages, %d seen, %d mended", n, seen, mended)
 	if n < 400 {
 		t.Errorf("only %d damages", n)
