@@ -3,6 +3,8 @@
 package overlay2
 
 import (
+	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"strings"
@@ -20,8 +22,8 @@ import (
 // An entry is made before its child appears and goes after it has, and each attempt to make a child has an entry of
 // its own. So the list may hold too much, after a crash or because Docker removed a layer, and each entry is
 // looked at; but it never lacks a child that this driver made. Docker, which knows nothing of the list, writes the
-// file committed of the parent anew for each child that it makes (since 19.03.3, moby#39780): its inode and time of
-// change are the state, with the inode of the list. "-" is the state of a layer without that file. So the
+// file committed of the parent anew for each child that it makes (since 19.03.3, moby#39780): its inode and a time
+// are the state, with the inode of the list. "-" is the state of a layer without that file. So the
 // seal breaks by itself when Docker makes a child, and when the home is copied. A layer without a seal that holds
 // has the children that a look at all layers finds.
 const (
@@ -29,8 +31,14 @@ const (
 	listedName   = "listed"
 )
 
-// unparented is the state of a layer without the file committed.
-const unparented = "-"
+const (
+	// unparented is the state of a layer without the file committed.
+	unparented = "-"
+	// markSec is the second of modification of each file committed that this driver makes (in 2010); the nanoseconds are random. Docker
+	// 19.03 writes to the file in place, at times twice within one tick of the clock that inodes have their times from
+	// (10 ms; finer since 6.13, commit ffb6cf19e063), which its time of change does not show. This one it does.
+	markSec = 1279351122
+)
 
 // childEntry returns the name of a child in the list of its parent, and what the entry holds: the ID if it does not
 // fit into the name.
@@ -82,17 +90,35 @@ func (l *layer) makeList() (fd int, err error) {
 	return fd, err
 }
 
-// committedState returns the state of the layer's file committed, which changes when Docker makes a child.
-func (l *layer) committedState() (string, error) {
+// committedState returns the state of the layer's file committed, which changes when Docker makes a child. Settled says that
+// it is sure to: a file that was changed in this moment can be changed again without a trace.
+func (l *layer) committedState() (state string, settled bool, err error) {
+	// The clock that inodes have their times from, before the file: whatever changes that later has a later time.
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_REALTIME_COARSE, &now); err != nil {
+		return "", false, err
+	}
 	var st unix.Stat_t
 	switch err := sys.Fstatat(l.fd, committedName, &st); err {
 	case nil:
-		return fmt.Sprintf("%d.%d.%d", st.Ino, st.Ctim.Sec, st.Ctim.Nsec), nil
 	case unix.ENOENT:
-		return unparented, nil
+		return unparented, true, nil
 	default:
-		return "", fmt.Errorf("%s: %w", committedName, err)
+		return "", false, fmt.Errorf("%s: %w", committedName, err)
 	}
+	if st.Mtim.Sec == markSec {
+		return markState(st.Ino, st.Mtim), true, nil
+	}
+	settled = st.Ctim.Sec < now.Sec
+	if st.Ctim.Nsec != 0 { // else the filesystem may know seconds only
+		settled = st.Ctim.Nano() < now.Nano()
+	}
+	return fmt.Sprintf("%d.%d.%d", st.Ino, st.Ctim.Sec, st.Ctim.Nsec), settled, nil
+}
+
+// markState is the state of a file committed that this driver has made.
+func markState(ino uint64, mark unix.Timespec) string {
+	return fmt.Sprintf("%d.%d.%d", ino, mark.Sec, mark.Nsec)
 }
 
 // listState returns the state that a seal must name to hold, "" if none can: that of committed with that of the
@@ -123,7 +149,7 @@ func (d *Driver) seal(state string) string {
 
 // listsAll reports whether all children of the layer are in its list. The caller has the layer to itself.
 func (d *Driver) listsAll(l *layer, listfd int) (bool, error) {
-	committed, err := l.committedState()
+	committed, _, err := l.committedState()
 	if err != nil {
 		return false, err
 	}
@@ -154,7 +180,7 @@ func (d *Driver) setSeal(l *layer, listfd int, committed string) error {
 
 // enlist marks a layer as committed and lists a child of it, that is going to appear or to get this parent.
 func (d *Driver) enlist(p *layer, link, id string) (err error) {
-	first, err := p.commit()
+	made, err := p.commit()
 	if err != nil {
 		return err
 	}
@@ -167,11 +193,11 @@ func (d *Driver) enlist(p *layer, link, id string) (err error) {
 	if err := sys.Symlinkat(target, listfd, name); err != nil && err != unix.EEXIST {
 		return fmt.Errorf("%s: %w", childrenName, err)
 	}
-	if !first {
+	if made == "" {
 		return nil
 	}
 	// Until the file was made, by us, the layer had no child that is not listed, if it was sealed so. Another call that
-	// makes a child now lists it before that appears.
+	// makes a child now lists it before that appears, and Docker breaks the seal even before it is set.
 	seal, err := sys.Readlinkat(p.fd, listedName)
 	if err == unix.ENOENT || err == unix.EINVAL || err == nil && seal != d.seal(unparented) {
 		return nil
@@ -179,11 +205,7 @@ func (d *Driver) enlist(p *layer, link, id string) (err error) {
 	if err != nil {
 		return fmt.Errorf("%s: %w", listedName, err)
 	}
-	committed, err := p.committedState()
-	if err != nil {
-		return err
-	}
-	return d.setSeal(p, listfd, committed)
+	return d.setSeal(p, listfd, made)
 }
 
 // unlistFrom takes a child from the list of a layer.
@@ -192,20 +214,24 @@ func (l *layer) unlistFrom(link, id string) error {
 	return ignoreAbsent(sys.Unlinkat(l.fd, childrenName+"/"+name, 0))
 }
 
-// commit marks the layer as one that has a child. First is true if this call has made the mark.
-func (l *layer) commit() (first bool, err error) {
+// commit marks the layer as one that has a child. Made is the state of the file if this call has made it, and if that
+// surely changes with the file.
+func (l *layer) commit() (made string, err error) {
 	committed, err := l.has(committedName)
 	if err != nil || committed {
-		return false, err
+		return "", err
 	}
-	switch err := sys.WriteFileAt(l.fd, committedName, nil, 0o600); err {
-	case nil:
-		return true, nil
-	case unix.EEXIST:
-		return false, nil
-	default:
-		return false, fmt.Errorf("%s: %w", committedName, err)
+	var random [4]byte
+	_, _ = rand.Read(random[:]) // never fails
+	mark := unix.NsecToTimespec(markSec*1e9 + int64(binary.NativeEndian.Uint32(random[:])%1e9))
+	ino, err := sys.MakeEmptyAt(l.fd, committedName, 0o600, mark)
+	if err != nil && err != unix.EEXIST {
+		return "", fmt.Errorf("%s: %w", committedName, err)
 	}
+	if ino != 0 {
+		made = markState(ino, mark)
+	}
+	return made, nil
 }
 
 // unlist takes a layer that has gone from the list of its parent. dirfd is what was its directory.
@@ -297,7 +323,7 @@ func (l *layer) readList() (map[string]bool, error) {
 		return nil, fmt.Errorf("%s: %w", childrenName, err)
 	}
 	// After the names: whoever makes a child while they are read has listed it, or breaks the seal.
-	committed, err := l.committedState()
+	committed, _, err := l.committedState()
 	if err != nil {
 		return nil, err
 	}

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/bcc2decd/overlay2/internal/linkid"
 	"github.com/bcc2decd/overlay2/internal/overlaytest"
@@ -61,6 +62,9 @@ func dockerRemove(t testing.TB, home, id string) {
 	must(t, os.RemoveAll(filepath.Join(home, id)))
 }
 
+// settleTick is longer than a tick of the clock of inodes: a file changed longer ago cannot be changed without a trace.
+const settleTick = 25 * time.Millisecond
+
 // wantListed fails the test if the list of a layer's children is not sealed, or has another length.
 func wantListed(t *testing.T, d *Driver, id string, want int) {
 	t.Helper()
@@ -106,6 +110,7 @@ func TestChildrenOfDocker(t *testing.T) {
 			"its child after a look": func(t *testing.T, d *Driver, docker func(id, parent string)) {
 				docker("parent", "")
 				docker("first", "parent")
+				time.Sleep(settleTick)
 				wantErr(t, d.Remove("parent"), ErrLayerInUse) // which seals the list
 				wantListed(t, d, "parent", 1)
 				docker("child", "parent")
@@ -114,6 +119,7 @@ func TestChildrenOfDocker(t *testing.T) {
 			"ours after a look": func(t *testing.T, d *Driver, docker func(id, parent string)) {
 				docker("parent", "")
 				docker("first", "parent")
+				time.Sleep(settleTick)
 				wantErr(t, d.Remove("parent"), ErrLayerInUse)
 				must(t, d.Create("child", "parent", nil))
 				dockerRemove(t, d.home, "first")
@@ -470,4 +476,41 @@ func removeAll(t *testing.T, home string) {
 	}
 	must(t, d.Cleanup())
 	wantEmptyHome(t, d)
+}
+
+// TestSealAtOnce: a write in place to the mark of a layer that just got its first child breaks the seal of
+// its list, though it comes within the same tick of the clock. So it does on each filesystem.
+func TestSealAtOnce(t *testing.T) {
+	overlaytest.Require(t, "root", "overlay")
+	for _, fs := range []string{"ext4", "tmpfs", "xfs", "btrfs"} {
+		t.Run(fs, func(t *testing.T) {
+			home := overlaytest.MountFS(t, overlaytest.FS{Name: fs})
+			d := newTestDriver(t, home, Options{})
+			sealAtOnce(t, d, home)
+		})
+	}
+}
+
+func sealAtOnce(t *testing.T, d *Driver, home string) {
+	for i := range 20 {
+		parent, child := fmt.Sprint("parent", i), fmt.Sprint("child", i)
+		must(t, d.Create(parent, "", nil))
+		must(t, d.Create(child, parent, nil))
+		mark := filepath.Join(home, parent, committedName)
+		var st unix.Stat_t
+		must(t, unix.Stat(mark, &st))
+		if st.Mtim.Sec != markSec || st.Size != 0 || st.Mode != unix.S_IFREG|0o600 || st.Nlink != 1 {
+			t.Fatalf("%s: %+v", mark, st)
+		}
+		wantListed(t, d, parent, 1)
+		must(t, os.WriteFile(mark, nil, 0o600))
+		l, err := openLayer(home, parent)
+		must(t, err)
+		names, err := l.readList()
+		must(t, err)
+		l.close()
+		if names != nil {
+			t.Fatalf("the seal of %s holds", parent)
+		}
+	}
 }

@@ -26,7 +26,8 @@ type childScan struct {
 
 type unsealedLayer struct {
 	id       string
-	state    string // see listState; before the chains were read
+	state    string // of committed, before the chains were read
+	settled  bool   // so that the state tells of each change since
 	children []string
 }
 
@@ -98,7 +99,7 @@ func (c *childScan) readState(id string) error {
 	if err != nil {
 		return err
 	}
-	committed, err := q.committedState()
+	committed, settled, err := q.committedState()
 	if err != nil {
 		return err
 	}
@@ -117,7 +118,7 @@ func (c *childScan) readState(id string) error {
 	c.doubt = c.doubt || twice || err != nil || target != linkTarget(id) && target != incompleteTarget(id)
 	c.layers[link] = nil
 	if !whole && !odd {
-		c.layers[link] = &unsealedLayer{id: id, state: committed}
+		c.layers[link] = &unsealedLayer{id: id, state: committed, settled: settled}
 	}
 	return nil
 }
@@ -178,8 +179,8 @@ func (c *childScan) seal(q *unsealedLayer, held *layer) (err error) {
 			return ErrLayerNotFound
 		}
 	}
-	state, err := l.committedState()
-	if err != nil || state != q.state {
+	state, _, err := l.committedState()
+	if err != nil || state != q.state || !q.settled {
 		return errors.Join(errors.New("it has got a child meanwhile"), err)
 	}
 	listfd := -1

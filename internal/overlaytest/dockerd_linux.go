@@ -189,7 +189,7 @@ func (d *Dockerd) Try(in []byte, args ...string) ([]byte, error) {
 	return out, err
 }
 
-// probeDockerd tells whether there is a daemon, its client, and what runs containers.
+// probeDockerd tells whether there is a daemon, its client, what runs containers, and the control groups that they need.
 func probeDockerd() error {
 	if _, err := os.Stat(dockerClient); err != nil {
 		return err
@@ -199,5 +199,10 @@ func probeDockerd() error {
 			return err
 		}
 	}
-	return nil
+	for _, name := range []string{"cgroup.controllers", "devices"} { // of version 2 and 1
+		if _, err := os.Stat("/sys/fs/cgroup/" + name); err == nil {
+			return nil
+		}
+	}
+	return errors.New("no control groups are mounted at /sys/fs/cgroup")
 }

@@ -75,6 +75,37 @@ func WriteFileAt(dirfd int, name string, data []byte, mode uint32) (err error) {
 	return WriteFull(fd, data)
 }
 
+// MakeEmptyAt makes an empty file, which must not exist, with exactly this mode and time of modification: it has them
+// when it appears. It returns the inode's number, or 0 if the time is not set for want of O_TMPFILE or of /proc.
+func MakeEmptyAt(dirfd int, name string, mode uint32, mtime unix.Timespec) (ino uint64, err error) {
+	fd, err := Openat(dirfd, ".", unix.O_WRONLY|unix.O_TMPFILE, mode)
+	switch err {
+	case nil:
+	case unix.EOPNOTSUPP, unix.EISDIR, unix.ENOENT: // the latter ones from kernels before 3.11
+		return 0, WriteFileAt(dirfd, name, nil, mode)
+	default:
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, Close(fd)) }()
+	var st unix.Stat_t
+	if err := Fstat(fd, &st); err != nil {
+		return 0, err
+	}
+	if err := unix.Fchmod(fd, mode); err != nil {
+		return 0, err
+	}
+	if err := Futimens(fd, &[2]unix.Timespec{mtime, mtime}); err != nil {
+		return 0, err
+	}
+	err = retry(func() error {
+		return unix.Linkat(unix.AT_FDCWD, ProcPath(fd), dirfd, name, unix.AT_SYMLINK_FOLLOW)
+	})
+	if err == unix.ENOENT {
+		return 0, WriteFileAt(dirfd, name, nil, mode)
+	}
+	return st.Ino, err
+}
+
 // Mkdirat makes the directory name beneath dirfd with exactly this mode whatever the umask.
 func Mkdirat(dirfd int, name string, mode uint32) error {
 	if err := retry(func() error { return unix.Mkdirat(dirfd, name, mode) }); err != nil {
