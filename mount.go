@@ -248,33 +248,26 @@ func (d *Driver) put(id string) error {
 	}
 	state, unlock := d.layers.lock(id)
 	defer unlock()
-	path := d.home + "/" + id
-	switch err := sys.IsDirat(unix.AT_FDCWD, path); {
-	case err == unix.ENOENT:
-		return ErrLayerNotFound
-	case err != nil:
-		return corrupt("%w", err)
-	}
-	if state.mounts > 1 {
-		state.mounts--
-		return nil
-	}
-	if state.mounts == 0 {
-		if err := d.checkMounted(id); err != nil {
-			return err
-		}
-	}
-	return d.endUse(id, state, func() error { return d.unmountMerged(path + "/" + mergedName) })
-}
-
-// checkMounted returns ErrNotMounted unless something is mounted at the layer's merged, as a
-// process that is no more has left it.
-func (d *Driver) checkMounted(id string) error {
 	l, err := openLayer(d.home, id)
 	if err != nil {
 		return err
 	}
 	defer l.close()
+	if state.mounts > 1 {
+		state.mounts--
+		return nil
+	}
+	if state.mounts == 0 {
+		if err := d.checkMounted(l); err != nil {
+			return err
+		}
+	}
+	return l.endUse(state, func() error { return d.unmountMerged(l.path(mergedName)) })
+}
+
+// checkMounted returns ErrNotMounted unless something is mounted at the layer's merged, as a
+// process that is no more has left it. The layer's directory is locked for writing then.
+func (d *Driver) checkMounted(l *layer) error {
 	mounted, err := l.mounted()
 	switch {
 	case err != nil:

@@ -164,12 +164,7 @@ func (l *layer) checkUnused() error {
 
 // endUse is called when the last use of this process ends. It calls unmount if no other
 // process uses the layer, and keeps the use if that fails.
-func (d *Driver) endUse(id string, state *layerState, unmount func() error) error {
-	l, err := openLayer(d.home, id)
-	if err != nil {
-		return err
-	}
-	defer l.close()
+func (l *layer) endUse(state *layerState, unmount func() error) (err error) {
 	if err := sys.Flock(l.fd, unix.LOCK_EX); err != nil {
 		return err
 	}

@@ -28,20 +28,19 @@ func ReadFileAt(dirfd int, name string, limit int) (data []byte, err error) {
 	}
 	buf := make([]byte, min(st.Size, int64(limit))+1)
 	for n := 0; ; {
-		if n > limit {
-			return nil, fmt.Errorf("longer than %d bytes", limit)
-		}
-		if n == len(buf) {
-			buf = append(buf, make([]byte, len(buf))...)
-		}
 		m, err := Read(fd, buf[n:])
 		if err != nil {
 			return nil, err
 		}
-		if m == 0 {
-			return buf[:n], nil
-		}
 		n += m
+		if n > limit {
+			return nil, fmt.Errorf("longer than %d bytes", limit)
+		}
+		if n == len(buf) { // it has grown
+			buf = append(buf, make([]byte, len(buf))...)
+			continue
+		}
+		return buf[:n], nil // a regular file gives less than there is room for only at its end
 	}
 }
 
