@@ -93,7 +93,7 @@ test-vm: ## test in guests with Linux 6.1 and 6.12: project quotas on xfs and ex
 	$(GO) run ./internal/vmtest $(VMFLAGS)
 
 # The driver's tests that a kernel can decide; what they leave out is the whole of test-vm.
-VMCI := ^Test(Limit|Resize|Size|Inodes|Usage|GetPut|GetCommitted|LayerOnDisk|ApplyDiff|DeepChain|Remove|Adopt|RootOpaque|Incomplete|Rename|NewMakesHome|DiffWhileMounted)
+VMCI := ^Test(Limit|Resize|Size|Inodes|Usage|GetPut|GetCommitted|LayerOnDisk|ApplyDiff|DeepChain|Remove|Adopt|RootOpaque|Incomplete|Rename|NewMakesHome|DiffWhileMounted|ChildrenOf|SealAtOnce)
 
 .PHONY: test-vm-ci
 test-vm-ci: ## what .ci/run runs in guests: quotas, and the driver where kernels differ
