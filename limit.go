@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 
 	"github.com/bcc2decd/overlay2/archive"
-	"github.com/bcc2decd/overlay2/internal/sys"
 	"github.com/bcc2decd/overlay2/quota"
 	"golang.org/x/sys/unix"
 )
@@ -101,86 +100,4 @@ func (d *Driver) checkLimits(l *layer) error {
 		return fmt.Errorf("%d inodes, the limit is %d: %w", has.Inodes, may.Inodes, unix.EDQUOT)
 	}
 	return nil
-}
-
-// Usage returns what the layer takes on disk. For one with limits this costs the same
-// however large it is; else its directory is walked. The figures differ from DiffSize: they are blocks and
-// inodes, with all directories and what overlayfs and the driver keep beside diff.
-func (d *Driver) Usage(id string) (Usage, error) {
-	u, err := d.usage(id)
-	return u, layerErr("usage", id, err)
-}
-
-func (d *Driver) usage(id string) (Usage, error) {
-	l, err := openLayer(d.home, id)
-	if err != nil {
-		return Usage{}, err
-	}
-	defer l.close()
-	if d.quota != nil {
-		may, has, err := d.quota.Get(l.dir())
-		if err == nil {
-			return Usage{Bytes: has.Bytes, Inodes: has.Inodes, MaxBytes: may.Bytes, MaxInodes: may.Inodes}, nil
-		}
-		if !errors.Is(err, quota.ErrNoProject) {
-			return Usage{}, err
-		}
-	}
-	w := usageWalk{links: make(map[uint64]bool)}
-	var st unix.Stat_t
-	if err := sys.Fstat(l.fd, &st); err != nil {
-		return Usage{}, err
-	}
-	w.dev = uint64(st.Dev)
-	w.add(&st)
-	return w.usage, w.dir(l.fd)
-}
-
-// usageWalk adds up blocks and inodes of a tree on one filesystem.
-type usageWalk struct {
-	usage Usage
-	dev   uint64
-	links map[uint64]bool // inodes with several names that were counted
-}
-
-// dir adds what lies in an open directory. Something that is deleted meanwhile is not an error.
-func (w *usageWalk) dir(fd int) error {
-	var failed error
-	err := sys.ReadNames(fd, func(name string) bool {
-		if failed = ignoreAbsent(w.entry(fd, name)); failed != nil {
-			failed = fmt.Errorf("%s: %w", name, failed)
-		}
-		return failed == nil
-	})
-	return errors.Join(failed, err)
-}
-
-func (w *usageWalk) entry(dirfd int, name string) error {
-	var st unix.Stat_t
-	if err := sys.Fstatat(dirfd, name, &st); err != nil {
-		return err
-	}
-	if uint64(st.Dev) != w.dev {
-		return nil // the layer's own mount
-	}
-	w.add(&st)
-	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
-		return nil
-	}
-	fd, err := sys.OpenDirat(dirfd, name)
-	if err != nil {
-		return err
-	}
-	return errors.Join(w.dir(fd), sys.Close(fd))
-}
-
-func (w *usageWalk) add(st *unix.Stat_t) {
-	if st.Nlink > 1 && st.Mode&unix.S_IFMT != unix.S_IFDIR {
-		if w.links[st.Ino] {
-			return
-		}
-		w.links[st.Ino] = true
-	}
-	w.usage.Inodes++
-	w.usage.Bytes += uint64(st.Blocks) * 512
 }

@@ -299,11 +299,11 @@ func TestNewWithManyQuotas(t *testing.T) {
 }
 
 // atime is when the content of a directory was last read.
-func atime(t *testing.T, dir string) time.Time {
+func atime(t *testing.T, dir string) unix.Timespec {
 	t.Helper()
 	var st unix.Stat_t
 	must(t, unix.Stat(dir, &st))
-	return time.Unix(st.Atim.Unix())
+	return st.Atim
 }
 
 // newTime is how long New takes: the least of several, as others use the processors too.

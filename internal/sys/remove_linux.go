@@ -134,21 +134,32 @@ func (r *remover) leave(top int) error {
 	return ignoreGone(r.enter(top, f.name))
 }
 
-// reopen opens a closed frame from the directory below, and makes sure that it is the same one.
+// reopen opens a closed frame from the directory below.
 func (f *removeFrame) reopen(below int) error {
-	fd, err := OpenDirat(below, "..")
+	fd, err := OpenParent(below, f.dev, f.ino)
 	if err != nil {
-		return err
-	}
-	var st unix.Stat_t
-	if err := Fstat(fd, &st); err != nil {
-		return errors.Join(err, Close(fd))
-	}
-	if st.Dev != f.dev || st.Ino != f.ino {
-		return errors.Join(fmt.Errorf("directory %s was moved: %w", f.name, unix.ESTALE), Close(fd))
+		return fmt.Errorf("directory %s: %w", f.name, err)
 	}
 	f.fd = fd
 	return nil
+}
+
+// OpenParent opens the directory above an open one. That it is another inode than this is ESTALE: one of them was
+// moved.
+func OpenParent(fd int, dev, ino uint64) (int, error) {
+	up, err := OpenDirat(fd, "..")
+	if err != nil {
+		return -1, err
+	}
+	var st unix.Stat_t
+	err = Fstat(up, &st)
+	if err == nil && (st.Dev != dev || st.Ino != ino) {
+		err = fmt.Errorf("moved: %w", unix.ESTALE)
+	}
+	if err != nil {
+		return -1, errors.Join(err, Close(up))
+	}
+	return up, nil
 }
 
 func (r *remover) close() (err error) {

@@ -1,0 +1,43 @@
+package overlay2
+
+import (
+	"testing"
+
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
+	"github.com/bcc2decd/overlay2/internal/sys"
+	"golang.org/x/sys/unix"
+)
+
+// TestUsageDeep: directories nested deeper than there are descriptors are counted, as a container can make them.
+func TestUsageDeep(t *testing.T) {
+	overlaytest.Require(t, "root", "overlay")
+	const depth = 3000
+	d := newTestDriver(t, t.TempDir(), Options{})
+	must(t, d.CreateReadWrite("box", "", nil))
+	before, err := d.Usage("box")
+	must(t, err)
+	path, err := d.Get("box", "")
+	must(t, err)
+	fd, err := sys.OpenRoot(path)
+	must(t, err)
+	for range depth {
+		must(t, sys.Mkdirat(fd, "d", 0o755))
+		must(t, sys.WriteFileAt(fd, "f", []byte("x"), 0o644))
+		below, err := sys.OpenDirat(fd, "d")
+		must(t, err)
+		must(t, sys.Close(fd))
+		fd = below
+	}
+	must(t, sys.Close(fd))
+	var limit unix.Rlimit
+	must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
+	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(len(openFDs(t)) + 100), Max: limit.Max}))
+	after, err := d.Usage("box")
+	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &limit))
+	must(t, err)
+	if after.Inodes != before.Inodes+2*depth {
+		t.Errorf("%d inodes, want %d", after.Inodes, before.Inodes+2*depth)
+	}
+	must(t, d.Put("box"))
+	must(t, d.Remove("box"))
+}
