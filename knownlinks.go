@@ -72,10 +72,13 @@ type knownLink struct {
 
 // heldDir is the directory of a layer, held open.
 type heldDir struct {
-	fd   int // O_PATH
+	fd   int    // O_PATH
+	diff string // a host path of its diff that needs hardly a walk
 	refs atomic.Int32
-	// state is how it was when its diff was found to be that of the link.
+	// state is how it was before its diff was found to be that of the link.
 	state sys.DirState
+	// settled says that any later change is to be seen by the state. Otherwise only a watch tells of it.
+	settled bool
 }
 
 func (h *heldDir) unref() {
@@ -84,9 +87,9 @@ func (h *heldDir) unref() {
 	}
 }
 
-// unchanged reports whether the directory is as it was. It is false for nil.
+// unchanged reports whether the directory is surely as it was. It is false for nil.
 func (h *heldDir) unchanged() bool {
-	if h == nil {
+	if h == nil || !h.settled {
 		return false
 	}
 	now, err := sys.StateFd(h.fd)
@@ -264,8 +267,10 @@ func (c *chain) check(i int) error {
 	k := &c.known[i]
 	unchanged := k.dir.unchanged()
 	if unchanged && c.gen != 0 && k.gen == c.gen {
-		c.watch(i)
-		return nil
+		if began, ok := c.watch(i); !began || ok {
+			return nil
+		}
+		return c.follow(i)
 	}
 	if !unchanged { // the diff in it may be another by now: nothing is mounted by it
 		k.dir.unref()
@@ -301,35 +306,51 @@ func (c *chain) follow(i int) error {
 // if it does not yet. What does not succeed costs time only.
 func (c *chain) hold(i int) {
 	k := &c.known[i]
-	if k.dir == nil {
-		if k.dir = c.openDir(k); k.dir == nil {
+	opened := k.dir == nil
+	if opened {
+		if k.dir = c.openDir(k.id); k.dir == nil {
 			return
 		}
 	}
 	k.gen, k.watch = c.gen, nil
-	c.d.known.add(c.links[i], *k)
-	c.watch(i)
+	began, ok := c.watch(i)
+	if !began {
+		ok = !opened || k.dir.settled && c.leadsTo(k)
+	}
+	switch {
+	case !ok: // nothing is mounted by it
+		c.d.known.forget(c.links[i])
+		k.dir.unref()
+		k.dir, k.watch = nil, nil
+	case !began:
+		c.d.known.add(c.links[i], *k)
+	}
 }
 
-// openDir opens the directory of a layer, nil if it has changed just now. That diff in it is the one
-// that the link leads to is found out after its state was.
-func (c *chain) openDir(k *knownLink) *heldDir {
+// openDir opens the directory of a layer. It returns nil if that does not succeed.
+func (c *chain) openDir(id string) *heldDir {
 	now := time.Now()
-	fd, err := sys.Openat(c.lfd, "../"+k.id, unix.O_PATH|unix.O_DIRECTORY, 0)
+	fd, err := sys.Openat(c.lfd, "../"+id, unix.O_PATH|unix.O_DIRECTORY, 0)
 	if err != nil {
 		return nil
 	}
-	h := &heldDir{fd: fd}
+	h := &heldDir{fd: fd, diff: sys.ProcPath(fd) + "/" + diffName}
 	h.refs.Store(1)
-	h.state, err = sys.StateFd(fd)
-	if err == nil && h.state.SettledAt(now, c.d.known.settle) && k.still(c.lfd) {
-		diff, err := sys.IdentDir(fd, sys.MakeName(diffName))
-		if err == nil && diff.Same(k.diff) && sys.IsDirat(fd, diffName) == nil {
-			return h
-		}
+	if h.state, err = sys.StateFd(fd); err != nil {
+		h.unref()
+		return nil
 	}
-	h.unref()
-	return nil
+	h.settled = h.state.SettledAt(now, c.d.known.settle)
+	return h
+}
+
+// leadsTo reports whether the link leads to the diff in the directory that is held, and that is no symlink.
+func (c *chain) leadsTo(k *knownLink) bool {
+	if !k.still(c.lfd) {
+		return false
+	}
+	diff, err := sys.IdentDir(k.dir.fd, sys.MakeName(diffName))
+	return err == nil && diff.Same(k.diff) && sys.IsDirat(k.dir.fd, diffName) == nil
 }
 
 // held returns host paths of the diffs of the layers from the first on that need hardly a walk: beneath
@@ -346,7 +367,7 @@ func (c *chain) held(first int) []string {
 		if h == nil {
 			return nil
 		}
-		names = append(names, sys.ProcPath(h.fd)+"/"+diffName)
+		names = append(names, h.diff)
 	}
 	return names
 }

@@ -116,24 +116,23 @@ func (k *knownLinks) readWatches() {
 	}
 }
 
-// watch watches the directory of a link that was followed just now, with l/ in this state.
-func (c *chain) watch(i int) {
+// watch watches the directory that is held for a link which was followed a moment ago, and looks, since nothing goes
+// unnoticed then, whether the link leads there. Began is false if it cannot be watched; then what is remembered of the
+// link is as it was.
+func (c *chain) watch(i int) (began, ok bool) {
 	k, known := &c.known[i], &c.d.known
 	one := &watch{}
 	if !known.beginWatch(c, i, one) {
-		return
+		return false, false
 	}
-	// Since then nothing goes unnoticed.
-	ok := k.dir.unchanged() && k.still(c.lfd)
-	if ok {
-		diff, err := sys.IdentDir(k.dir.fd, sys.MakeName(diffName))
-		ok = err == nil && diff.Same(k.diff) && checkNamed(c.lfd, "../"+k.id, c.links[i]) == nil
-	}
+	// However young the directory's last change is.
+	ok = c.leadsTo(k) && checkNamed(c.lfd, "../"+k.id, c.links[i]) == nil
 	one.base = ok && checkEnd(c.lfd, c.links[i:i+1]) == nil
 	known.mu.Lock()
 	defer known.mu.Unlock()
 	known.readWatches()
 	one.ok = ok && !one.dead
+	return true, ok
 }
 
 // beginWatch begins to watch the directory that is held for a link. What is remembered of the link has the watch then.
