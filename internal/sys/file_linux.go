@@ -85,7 +85,7 @@ func MakeEmptyAt(dirfd int, name string, mode uint32, mtime unix.Timespec) (ino 
 	default:
 		return 0, err
 	}
-	defer func() { err = errors.Join(err, Close(fd)) }()
+	defer func() { _ = Close(fd) }() // empty: nothing can be lost
 	var st unix.Stat_t
 	if err := Fstat(fd, &st); err != nil {
 		return 0, err
@@ -96,13 +96,15 @@ func MakeEmptyAt(dirfd int, name string, mode uint32, mtime unix.Timespec) (ino 
 	if err := Futimens(fd, &[2]unix.Timespec{mtime, mtime}); err != nil {
 		return 0, err
 	}
-	err = retry(func() error {
+	switch err = retry(func() error {
 		return unix.Linkat(unix.AT_FDCWD, ProcPath(fd), dirfd, name, unix.AT_SYMLINK_FOLLOW)
-	})
-	if err == unix.ENOENT {
+	}); err {
+	case nil:
+		return st.Ino, nil
+	case unix.ENOENT:
 		return 0, WriteFileAt(dirfd, name, nil, mode)
 	}
-	return st.Ino, err
+	return 0, err
 }
 
 // Mkdirat makes the directory name beneath dirfd with exactly this mode whatever the umask.
