@@ -122,17 +122,19 @@ func (w *usageWalk) enter(dirfd int, name string) error {
 	return nil
 }
 
-// list adds the entries of the directory at work. One that is deleted meanwhile is no error.
+// list adds the entries of the directory at work. That it, or one of them, is deleted meanwhile is no error.
 func (w *usageWalk) list(f *usageFrame) error {
 	if err := w.dents.Reset(f.fd); err != nil {
 		return w.at("", err)
 	}
 	for {
 		entry, _, err := w.dents.Next()
-		if err != nil {
+		switch {
+		case err == unix.ENOENT: // what the kernel says of a directory that was removed
+			return nil
+		case err != nil:
 			return w.at("", err)
-		}
-		if entry == nil {
+		case entry == nil:
 			return nil
 		}
 		name := string(entry)

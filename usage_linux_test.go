@@ -1,6 +1,7 @@
 package overlay2
 
 import (
+	"os"
 	"testing"
 
 	"github.com/bcc2decd/overlay2/internal/overlaytest"
@@ -40,4 +41,20 @@ func TestUsageDeep(t *testing.T) {
 	}
 	must(t, d.Put("box"))
 	must(t, d.Remove("box"))
+}
+
+// TestUsageRemoved: a directory that is removed while it is walked, as the kernel does with work/work at each mount, is empty.
+func TestUsageRemoved(t *testing.T) {
+	overlaytest.Require(t, "linux")
+	dir := t.TempDir() + "/dir"
+	must(t, os.Mkdir(dir, 0o755))
+	fd, err := sys.OpenRoot(dir)
+	must(t, err)
+	defer func() { must(t, sys.Close(fd)) }()
+	must(t, os.Remove(dir))
+	w := usageWalk{links: map[uint64]bool{}, frames: []usageFrame{{fd: -1, name: "dir"}}}
+	must(t, w.list(&usageFrame{fd: fd}))
+	if w.usage != (Usage{}) {
+		t.Errorf("usage is %+v", w.usage)
+	}
 }
