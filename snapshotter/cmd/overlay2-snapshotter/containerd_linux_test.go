@@ -414,7 +414,13 @@ func (m *machine) killInTheMidst(t *testing.T, image string) {
 			failed++
 		}
 		m.removeLeft(fmt.Sprint("cut", i))
-		m.ctr("images", "import", onOverlay2, image)
+		// Without snapshots killPlugin could not tell whether containerd has connected again.
+		_, err := m.try("images", "import", onOverlay2, image)
+		for n := 0; n < 100 && err != nil && strings.Contains(err.Error(), "unavailable"); n++ {
+			time.Sleep(100 * time.Millisecond)
+			_, err = m.try("images", "import", onOverlay2, image)
+		}
+		must(t, err)
 		m.checkImage(fmt.Sprint("after", i))
 	}
 	t.Logf("%d kills in the midst, %d of them were noticed", rounds, failed)
