@@ -90,14 +90,16 @@ func (l *layer) makeList() (fd int, err error) {
 	return fd, err
 }
 
-// committedState returns the state of the layer's file committed, which changes when Docker makes a child. Settled says that
-// it is sure to: a file that was changed in this moment can be changed again without a trace.
-func (l *layer) committedState() (state string, settled bool, err error) {
-	// The clock that inodes have their times from, before the file: whatever changes that later has a later time.
-	var now unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_REALTIME_COARSE, &now); err != nil {
-		return "", false, err
-	}
+// committedState returns the state of the layer's file committed, which changes when Docker makes a child.
+func (l *layer) committedState() (string, error) {
+	state, _, err := l.committedStateAt(unix.Timespec{})
+	return state, err
+}
+
+// committedStateAt also says whether the state is settled, so that it is sure to change: a file that was changed in this
+// moment can be changed again without a trace. Now is the time, before the call, of the clock that inodes have theirs from
+// (CLOCK_REALTIME_COARSE): whatever changes the file later has a later one.
+func (l *layer) committedStateAt(now unix.Timespec) (state string, settled bool, err error) {
 	var st unix.Stat_t
 	switch err := sys.Fstatat(l.fd, committedName, &st); err {
 	case nil:
@@ -149,7 +151,7 @@ func (d *Driver) seal(state string) string {
 
 // listsAll reports whether all children of the layer are in its list. The caller has the layer to itself.
 func (d *Driver) listsAll(l *layer, listfd int) (bool, error) {
-	committed, _, err := l.committedState()
+	committed, err := l.committedState()
 	if err != nil {
 		return false, err
 	}
@@ -323,7 +325,7 @@ func (l *layer) readList() (map[string]bool, error) {
 		return nil, fmt.Errorf("%s: %w", childrenName, err)
 	}
 	// After the names: whoever makes a child while they are read has listed it, or breaks the seal.
-	committed, _, err := l.committedState()
+	committed, err := l.committedState()
 	if err != nil {
 		return nil, err
 	}

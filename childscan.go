@@ -20,6 +20,8 @@ type childScan struct {
 	s *staging
 	// layers has all layers by link, nil for one with a seal that holds.
 	layers map[string]*unsealedLayer
+	// now is before any layer was looked at; see committedStateAt.
+	now unix.Timespec
 	// doubt says that the parent of some layer is not known, so that nothing can be sealed.
 	doubt bool
 }
@@ -34,6 +36,9 @@ type unsealedLayer struct {
 // lookAtAll returns a layer that has one of links, those of l, in its chain, "" if there is none.
 func (d *Driver) lookAtAll(s *staging, l *layer, links []string) (child string, err error) {
 	c := &childScan{d: d, s: s, layers: map[string]*unsealedLayer{}}
+	if err := unix.ClockGettime(unix.CLOCK_REALTIME_COARSE, &c.now); err != nil {
+		return "", err
+	}
 	names, err := s.layerNames()
 	if err != nil {
 		return "", err
@@ -99,7 +104,7 @@ func (c *childScan) readState(id string) error {
 	if err != nil {
 		return err
 	}
-	committed, settled, err := q.committedState()
+	committed, settled, err := q.committedStateAt(c.now)
 	if err != nil {
 		return err
 	}
@@ -179,7 +184,7 @@ func (c *childScan) seal(q *unsealedLayer, held *layer) (err error) {
 			return ErrLayerNotFound
 		}
 	}
-	state, _, err := l.committedState()
+	state, err := l.committedState()
 	if err != nil || state != q.state || !q.settled {
 		return errors.Join(errors.New("it has got a child meanwhile"), err)
 	}

@@ -314,17 +314,17 @@ func (c *chain) hold(i int) {
 	}
 	k.gen, k.watch = c.gen, nil
 	began, ok := c.watch(i)
-	if !began {
-		ok = !opened || k.dir.settled && c.leadsTo(k)
-	}
 	switch {
-	case !ok: // nothing is mounted by it
+	case began && ok:
+		return
+	case began: // what is remembered with the watch is not so
 		c.d.known.forget(c.links[i])
-		k.dir.unref()
-		k.dir, k.watch = nil, nil
-	case !began:
+	case !opened || k.dir.settled && c.leadsTo(k):
 		c.d.known.add(c.links[i], *k)
+		return
 	}
+	k.dir.unref() // nothing is mounted by it
+	k.dir, k.watch = nil, nil
 }
 
 // openDir opens the directory of a layer. It returns nil if that does not succeed.

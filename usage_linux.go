@@ -124,9 +124,7 @@ func (w *usageWalk) enter(dirfd int, name string) error {
 
 // list adds the entries of the directory at work. That it, or one of them, is deleted meanwhile is no error.
 func (w *usageWalk) list(f *usageFrame) error {
-	if err := w.dents.Reset(f.fd); err != nil {
-		return w.at("", err)
-	}
+	w.dents.Start(f.fd)
 	for {
 		entry, _, err := w.dents.Next()
 		switch {
