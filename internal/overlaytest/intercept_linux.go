@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"runtime"
 	"testing"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -47,28 +48,100 @@ func Failing() map[uint32]string {
 // Intercept has decide asked before each of calls, whichever thread of this process makes it:
 // 0 lets it happen, another errno is returned in its place. It cannot be undone, so that it is for processes
 // that a test starts. It needs "seccomp". decide must not make such a call, nor wait for one who does.
+//
+// It is asked of calls made by Go code only. The runtime's own calls, and those of the C library in a thread that
+// is being started (malloc opens /sys/devices/system/cpu/online), are made without leave to be stopped meanwhile:
+// if the collector waits for such a thread, and it for an answer, there is nobody left to give that.
 func Intercept(t testing.TB, calls map[uint32]string, decide func(call string) unix.Errno) {
 	t.Helper()
-	fd, err := listen(calls)
+	at, err := syscallAddress()
+	if err != nil {
+		t.Fatalf("seccomp: where system calls are made: %v", err)
+	}
+	const all = unix.SECCOMP_FILTER_FLAG_TSYNC | unix.SECCOMP_FILTER_FLAG_TSYNC_ESRCH
+	fd, err := listen(filterFor(calls, at), all)
+	for err == unix.ESRCH { // the thread of syscallAddress has its own filter until it is gone
+		time.Sleep(time.Millisecond)
+		fd, err = listen(filterFor(calls, at), all)
+	}
 	if err != nil {
 		t.Fatalf("seccomp: %v", err)
 	}
 	go func() {
 		runtime.LockOSThread()
 		for {
-			var n notification
-			if errno := ioctl(fd, unix.SECCOMP_IOCTL_NOTIF_RECV, unsafe.Pointer(&n)); errno != 0 {
-				continue // EINTR, or ENOENT: the caller has been killed
-			}
-			r := response{id: n.id}
-			if errno := decide(calls[uint32(n.nr)]); errno == 0 {
-				r.flags = unix.SECCOMP_USER_NOTIF_FLAG_CONTINUE
-			} else {
-				r.err = -int32(errno)
-			}
-			ioctl(fd, unix.SECCOMP_IOCTL_NOTIF_SEND, unsafe.Pointer(&r))
+			answer(fd, func(n notification) unix.Errno { return decide(calls[uint32(n.nr)]) })
 		}
 	}()
+}
+
+// answer waits for one call and lets it happen, or fail if decide says so.
+func answer(fd uintptr, decide func(n notification) unix.Errno) {
+	var n notification
+	if errno := ioctl(fd, unix.SECCOMP_IOCTL_NOTIF_RECV, unsafe.Pointer(&n)); errno != 0 {
+		return // EINTR, or ENOENT: the caller has been killed
+	}
+	r := response{id: n.id}
+	if errno := decide(n); errno == 0 {
+		r.flags = unix.SECCOMP_USER_NOTIF_FLAG_CONTINUE
+	} else {
+		r.err = -int32(errno)
+	}
+	// A signal interrupts this, too, if another thread has the listener's lock (seccomp_notify_send,
+	// mutex_lock_interruptible), and who asked would wait for ever.
+	for ioctl(fd, unix.SECCOMP_IOCTL_NOTIF_SEND, unsafe.Pointer(&r)) == unix.EINTR {
+	}
+}
+
+// syscallAddress returns where Go code makes its system calls: there is one place. It has a thread, which ends then, make one.
+func syscallAddress() (uint64, error) {
+	type listener struct {
+		fd  uintptr
+		err error
+	}
+	listening, done := make(chan listener), make(chan struct{})
+	const nowhere = 0xfedcba // a number of a descriptor that none has
+	go onOtherThread(func() {
+		fd, err := listen([]unix.SockFilter{
+			load(nrAt),
+			jump(unix.SYS_FSYNC, 0, 2),
+			load(firstAt),
+			jump(nowhere, 1, 0),
+			{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
+			{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_USER_NOTIF},
+		}, 0)
+		listening <- listener{fd, err}
+		if err == nil {
+			_ = unix.Fsync(nowhere)
+		}
+		close(done)
+	})
+	l := <-listening
+	if l.err != nil {
+		return 0, l.err
+	}
+	var at uint64
+	for at == 0 {
+		answer(l.fd, func(n notification) unix.Errno { at = n.ip; return 0 })
+	}
+	<-done
+	return at, unix.Close(int(l.fd))
+}
+
+// onOtherThread runs f on a thread that is not the process's first, which cannot end, and ends it.
+func onOtherThread(f func()) {
+	runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+	if unix.Gettid() != unix.Getpid() {
+		f()
+		return
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		onOtherThread(f)
+	}()
+	<-done
+	runtime.UnlockOSThread()
 }
 
 // notification is struct seccomp_notif, response is struct seccomp_notif_resp.
@@ -93,19 +166,17 @@ func ioctl(fd, request uintptr, arg unsafe.Pointer) unix.Errno {
 	return errno
 }
 
-// listen installs the filter on all threads. A signal, as the runtime sends them to itself, does not
-// make an intercepted call start again (SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, Linux 5.19).
-func listen(calls map[uint32]string) (uintptr, error) {
-	const nrAt, fdAt, lengthAt = 0, 16, 16 + 2*8 // of seccomp_data: nr, the lower halves of args[0] and args[2]
+// Offsets in seccomp_data, on a processor with the lower half first: the number of the call, the halves of the address
+// that it is made at, and the lower half of its first argument.
+const nrAt, addressAt, firstAt = 0, 8, 16
+
+// filterFor has the listener asked of calls made at an address.
+func filterFor(calls map[uint32]string, address uint64) []unix.SockFilter {
 	filter := []unix.SockFilter{
-		load(nrAt),
-		jump(unix.SYS_READ, 3, 0),
-		jump(unix.SYS_WRITE, 0, 5),
-		load(fdAt),
-		jump(2, uint8(len(calls)+3), 0), // what the runtime has to say when it dies
-		load(lengthAt),
-		// The runtime wakes its poller by 8 bytes, without leave to be stopped meanwhile.
-		jump(8, uint8(len(calls)+1), 0),
+		load(addressAt),
+		jump(uint32(address), 0, uint8(len(calls)+3)),
+		load(addressAt + 4),
+		jump(uint32(address>>32), 0, uint8(len(calls)+1)),
 		load(nrAt),
 	}
 	left := len(calls)
@@ -113,12 +184,16 @@ func listen(calls map[uint32]string) (uintptr, error) {
 		filter = append(filter, jump(nr, uint8(left), 0))
 		left--
 	}
-	filter = append(filter,
+	return append(filter,
 		unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
 		unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_USER_NOTIF})
+}
+
+// listen installs a filter and returns its listener. A signal, as the runtime sends them to itself, does not
+// make an intercepted call start again (SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, Linux 5.19).
+func listen(filter []unix.SockFilter, flags uintptr) (uintptr, error) {
 	prog := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
-	const flags = unix.SECCOMP_FILTER_FLAG_NEW_LISTENER | unix.SECCOMP_FILTER_FLAG_TSYNC |
-		unix.SECCOMP_FILTER_FLAG_TSYNC_ESRCH | unix.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
+	flags |= unix.SECCOMP_FILTER_FLAG_NEW_LISTENER | unix.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
 	fd, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, flags, uintptr(unsafe.Pointer(&prog)))
 	if errno != 0 {
 		return 0, errno
