@@ -5,6 +5,7 @@ package overlay2
 import (
 	"errors"
 	"fmt"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,10 +17,11 @@ import (
 const (
 	// maxKnownLinks bounds the memory of knownLinks: some hundred bytes each.
 	maxKnownLinks = 1 << 14
-	// maxHeldDirs and heldDirsPart bound the directories that knownLinks holds open: that many, and that part of
-	// the descriptors that the process may have.
+	// maxHeldDirs and heldDirsPart bound the layers that knownLinks holds open: that many, and that part of
+	// the descriptors that the process may have. Each takes heldFDs of them.
 	maxHeldDirs  = 1024
 	heldDirsPart = 4
+	heldFDs      = 2
 	// settleTime is how old a time of change must be to tell of every later change: before Linux 6.13
 	// (multigrain timestamps) two changes within a tick, of 10 ms at most, have the same time.
 	settleTime = 50 * time.Millisecond
@@ -50,13 +52,13 @@ type knownLinks struct {
 	watches watches
 }
 
-// heldDirs returns how many directories may be held open.
+// heldDirs returns how many layers may be held open.
 func heldDirs() int {
 	var l unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
 		return 0
 	}
-	return int(min(l.Cur/heldDirsPart, maxHeldDirs))
+	return int(min(l.Cur/heldDirsPart/heldFDs, maxHeldDirs))
 }
 
 type knownLink struct {
@@ -70,11 +72,11 @@ type knownLink struct {
 	watch *watch
 }
 
-// heldDir is the directory of a layer, held open.
+// heldDir is the directory of a layer, held open, and the diff in it.
 type heldDir struct {
-	fd   int    // O_PATH
-	diff string // a host path of its diff that needs hardly a walk
-	refs atomic.Int32
+	fd, diff int       // O_PATH
+	ident    sys.Ident // of diff
+	refs     atomic.Int32
 	// state is how it was before its diff was found to be that of the link.
 	state sys.DirState
 	// settled says that any later change is to be seen by the state. Otherwise only a watch tells of it.
@@ -84,6 +86,9 @@ type heldDir struct {
 func (h *heldDir) unref() {
 	if h != nil && h.refs.Add(-1) == 0 {
 		_ = sys.Close(h.fd) // O_PATH: nothing can be lost
+		if h.diff >= 0 {
+			_ = sys.Close(h.diff)
+		}
 	}
 }
 
@@ -334,9 +339,14 @@ func (c *chain) openDir(id string) *heldDir {
 	if err != nil {
 		return nil
 	}
-	h := &heldDir{fd: fd, diff: sys.ProcPath(fd) + "/" + diffName}
+	h := &heldDir{fd: fd, diff: -1}
 	h.refs.Store(1)
-	if h.state, err = sys.StateFd(fd); err != nil {
+	if h.state, err = sys.StateFd(fd); err == nil {
+		if h.diff, err = sys.Openat(fd, diffName, unix.O_PATH|unix.O_DIRECTORY, 0); err == nil {
+			h.ident, err = sys.IdentFd(h.diff)
+		}
+	}
+	if err != nil {
 		h.unref()
 		return nil
 	}
@@ -344,22 +354,22 @@ func (c *chain) openDir(id string) *heldDir {
 	return h
 }
 
-// leadsTo reports whether the link leads to the diff in the directory that is held, and that is no symlink.
+// leadsTo reports whether the link leads to the diff that is held, and that is still in the directory that is held, and no symlink.
 func (c *chain) leadsTo(k *knownLink) bool {
-	if !k.still(c.lfd) {
+	if !k.dir.ident.Same(k.diff) || !k.still(c.lfd) {
 		return false
 	}
 	diff, err := sys.IdentDir(k.dir.fd, sys.MakeName(diffName))
 	return err == nil && diff.Same(k.diff) && sys.IsDirat(k.dir.fd, diffName) == nil
 }
 
-// held returns host paths of the diffs of the layers from the first on that need hardly a walk: beneath
-// the descriptors that are held. They are nil unless all are, and good until close. The links are
+// held returns names of the diffs of the layers from the first on that need hardly a walk: the descriptors that are
+// held, with a prefix before the number of each. They are nil unless all are, and good until close. The links are
 // checked. The layer at the top is not held, as each Get and Put changes its directory.
-func (c *chain) held(first int) []string {
+func (c *chain) held(first int, prefix string) []string {
 	names := make([]string, 0, len(c.known)-first)
 	if first == 0 {
-		names = append(names, sys.ProcPath(c.lfd)+"/"+c.links[0])
+		names = append(names, prefix+strconv.Itoa(c.lfd)+"/"+c.links[0])
 		first++
 	}
 	for i := first; i < len(c.known); i++ {
@@ -367,7 +377,7 @@ func (c *chain) held(first int) []string {
 		if h == nil {
 			return nil
 		}
-		names = append(names, h.diff)
+		names = append(names, prefix+strconv.Itoa(h.diff))
 	}
 	return names
 }

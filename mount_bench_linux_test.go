@@ -54,8 +54,8 @@ func rawMounts(b *testing.B, d *Driver, id, target string) []rawMount {
 	spec, err := d.mountSpec(l, links, false)
 	must(b, err)
 	must(b, spec.checkAll())
-	held := spec
-	heldOK := held.hold()
+	held, numbers := spec, spec
+	heldOK := held.hold(sys.ProcFDs) && numbers.hold("")
 	b.Cleanup(spec.chain.close)
 	spec.chain = nil // nothing is checked
 	var raw []rawMount
@@ -67,6 +67,9 @@ func rawMounts(b *testing.B, d *Driver, id, target string) []rawMount {
 	}
 	if data, ok := spec.fitting("", sys.MaxMountData()); ok {
 		raw = append(raw, rawMount{"relative", func() error { return sys.MountOverlayFrom(d.home, target, data, 0) }})
+	}
+	if data, ok := numbers.fitting(d.home+"/", sys.MaxMountData()); ok && heldOK {
+		raw = append(raw, rawMount{"numbers", func() error { return sys.MountOverlayFrom(sys.ProcFDs, target, data, 0) }})
 	}
 	if d.facts.newAPI == yes {
 		raw = append(raw, rawMount{"newapi", func() error {

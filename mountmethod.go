@@ -94,21 +94,25 @@ func (s mountSpec) mount(target string, method MountMethod, f facts) error {
 	return s.tooLong(len(data))
 }
 
-// mountHeld mounts the overlay at target by mount(2), with layers named by directories that are open: about
-// 160 of them fit into a page, and the kernel need not walk to any. It returns false if these are not
-// open, do not fit, or if there is no /proc.
+// mountHeld mounts the overlay at target by mount(2), with layers named by directories that are open, to which the
+// kernel need not walk: by host paths, of which about 200 fit into a page, or by their mere numbers, on a thread that stands
+// where these are names. It returns false if these are not open, do not fit, or if there is no /proc.
 func (s mountSpec) mountHeld(target string) (mounted bool, err error) {
 	if err := s.checkAll(); err != nil {
 		return false, err
 	}
-	if !s.hold() {
+	if !s.hold(sys.ProcFDs) {
 		return false, nil
 	}
-	data, ok := s.fitting(s.home+"/", sys.MaxMountData())
-	if !ok {
-		return false, nil
+	if data, ok := s.fitting(s.home+"/", sys.MaxMountData()); ok {
+		err = sys.MountOverlay(s.home+"/"+target, data, 0)
+	} else {
+		s.hold("")
+		if data, ok = s.fitting(s.home+"/", sys.MaxMountData()); !ok {
+			return false, nil
+		}
+		err = sys.MountOverlayFrom(sys.ProcFDs, s.home+"/"+target, data, 0)
 	}
-	err = sys.MountOverlay(s.home+"/"+target, data, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil // whatever is missing, another way will say it by its name
 	}
@@ -137,7 +141,7 @@ func (s mountSpec) detached(attrs int) (fd int, err error) {
 		if err := s.checkAll(); err != nil {
 			return -1, err
 		}
-		deep = !s.hold()
+		deep = !s.hold(sys.ProcFDs)
 	}
 	switch {
 	case deep:
@@ -269,5 +273,5 @@ func (s mountSpec) mountNumbers(target string, mount func(dir, target, data stri
 	if len(data) > sys.MaxMountData() {
 		return s.tooLong(len(data))
 	}
-	return mount("/proc/self/fd", target, data, 0)
+	return mount(sys.ProcFDs, target, data, 0)
 }

@@ -5,12 +5,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	"github.com/bcc2decd/overlay2/internal/sys"
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -108,6 +110,57 @@ func TestDeepChain(t *testing.T) {
 				t.Errorf("Status says %s", got)
 			}
 		})
+	}
+}
+
+// TestHeldChain: a chain whose names do not fit into a page is mounted by the directories that are held open: by their paths, or, if
+// these are too many, by their numbers; and shows what was put in a layer's place since.
+func TestHeldChain(t *testing.T) {
+	overlaytest.Require(t, "root", "overlay", "proc")
+	d := newTestDriver(t, t.TempDir(), Options{})
+	if d.facts.newAPI != yes && d.facts.descriptors != yes {
+		t.Skip("the kernel was not asked for such names")
+	}
+	deepChain(t, d, maxLowers)
+	lowers := func(path string) string {
+		t.Helper()
+		mounts, err := mountinfo.GetMounts(mountinfo.SingleEntryFilter(path))
+		must(t, err)
+		if len(mounts) != 1 {
+			t.Fatalf("%d mounts at %s", len(mounts), path)
+		}
+		for _, o := range strings.Split(mounts[0].VFSOptions, ",") {
+			if lower, ok := strings.CutPrefix(o, "lowerdir="); ok {
+				return lower
+			}
+		}
+		return ""
+	}
+	for depth, names := range map[int]string{127: "^(/proc/self/fd/[0-9]+:?)+$", maxLowers: "^([0-9]+:?)+$"} {
+		id := fmt.Sprintf("box%d", depth)
+		must(t, d.CreateReadWrite(id, fmt.Sprintf("layer%d", depth-1), nil))
+		for range 3 { // the directories are held when they are old enough
+			time.Sleep(2 * settleTime)
+			_, put := get(t, d, id)
+			put()
+		}
+		path, put := get(t, d, id)
+		wantChain(t, path, depth)
+		if got := lowers(path); os.Getpagesize() == 4096 && !regexp.MustCompile(names).MatchString(got) {
+			t.Errorf("mounted by %.200q", got)
+		}
+		put()
+		layer := filepath.Join(d.home, "layer5")
+		must(t, os.Rename(layer+"/diff", layer+"/old"))
+		must(t, os.Mkdir(layer+"/diff", 0o755))
+		must(t, os.WriteFile(layer+"/diff/other", nil, 0o600))
+		path, put = get(t, d, id)
+		if _, err := os.Stat(path + "/other"); err != nil {
+			t.Errorf("the layer is another now: %v", err)
+		}
+		put()
+		must(t, os.RemoveAll(layer+"/diff"))
+		must(t, os.Rename(layer+"/old", layer+"/diff"))
 	}
 }
 

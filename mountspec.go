@@ -22,7 +22,7 @@ type mountSpec struct {
 	work    string
 	options []string
 	label   string
-	// held, if set, are host paths for lowers that take no walk; see chain.held.
+	// held, if set, are names for lowers that take no walk; see chain.held.
 	held []string
 	// chain are the layers, that of upper first if there is one; its first is checked. Nil if
 	// the names are no links.
@@ -92,12 +92,13 @@ func (s mountSpec) checkAll() error {
 	return nil
 }
 
-// hold lets the lower layers, which are checked, be named by open directories, if the chain has all of them.
-func (s *mountSpec) hold() bool {
+// hold lets the lower layers, which are checked, be named by open directories, if the chain has all of them: prefix
+// stands before the number of each descriptor.
+func (s *mountSpec) hold(prefix string) bool {
 	if s.chain == nil {
 		return false
 	}
-	s.held = s.chain.held(len(s.chain.links) - len(s.lowers))
+	s.held = s.chain.held(len(s.chain.links)-len(s.lowers), prefix)
 	return s.held != nil
 }
 

@@ -107,9 +107,12 @@ func WriteFull(fd int, buf []byte) error {
 	return nil
 }
 
+// ProcFDs is the directory in which the number of each open descriptor is a name, with a slash.
+const ProcFDs = "/proc/self/fd/"
+
 // ProcPath names an open descriptor, O_PATH too, for the calls that take only a path.
 // It names the file itself, a symlink too: nothing is followed beyond it.
-func ProcPath(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
+func ProcPath(fd int) string { return ProcFDs + strconv.Itoa(fd) }
 
 // OpenBeneath opens, as O_PATH, a directory by a path of some components beneath dirfd,
 // none of them a symlink. Kernels before openat2 (5.6, commit fddb5d430ad9) walk one by one.
