@@ -8,7 +8,7 @@ type Problem struct {
 	ID string
 	// Path is the file's, relative to the home.
 	Path string
-	// Err says what is wrong: ErrCorrupt, ErrIncomplete or another error.
+	// Err says what is wrong: ErrCorrupt, ErrIncomplete, ErrUnsynced or another error.
 	Err error
 }
 

@@ -17,7 +17,12 @@ import (
 // just doing is no problem: what looks wrong is looked at again, under the layer's lock.
 //
 // The error is of reading the home itself.
-func (d *Driver) Check() ([]Problem, error) { return CheckHome(d.home) }
+func (d *Driver) Check() ([]Problem, error) {
+	problems, err := CheckHome(d.home)
+	return slices.DeleteFunc(problems, func(p Problem) bool {
+		return errors.Is(p.Err, ErrUnsynced) && d.volatile.has(p.ID) // by this Driver: nothing has crashed since
+	}), err
+}
 
 // CheckHome is Check without a Driver: it writes nothing, and takes no lock for longer than a layer
 // is read, so that the home may be in use, by dockerd too.
@@ -140,6 +145,9 @@ func (f *findings) layer(l *seenLayer) {
 		at(incompleteName, errors.Join(ErrIncomplete, l.incomplete.err))
 	}
 	at(mergedName, l.mergedErr)
+	if l.unsynced {
+		at(volatileMark, unsynced())
+	}
 }
 
 // notDir returns ErrCorrupt unless the file is a directory.

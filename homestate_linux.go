@@ -68,6 +68,8 @@ type seenLayer struct {
 	rawLower string // what the file holds, if it is a file
 	// mergedErr is what is wrong with merged.
 	mergedErr error
+	// unsynced says that the layer was mounted with volatile, and is not now.
+	unsynced bool
 }
 
 // seenLink is an entry of l/.
@@ -210,6 +212,9 @@ func (h *homeState) readLayer(l *layer) *seenLayer {
 		s.listed, err = l.readList()
 		h.note(l.id+"/"+childrenName, err)
 	}
+	if s.work.is(unix.S_IFDIR) {
+		s.unsynced = h.stat(l.fd, volatileMark).there()
+	}
 	if !s.merged.absent() {
 		mounted, err := l.mounted()
 		switch {
@@ -218,6 +223,8 @@ func (h *homeState) readLayer(l *layer) *seenLayer {
 			s.mergedErr = err
 		case !mounted:
 			s.mergedErr = corrupt("nothing is mounted there")
+		default:
+			s.unsynced = false
 		}
 	}
 	return s

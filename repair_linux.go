@@ -21,7 +21,7 @@ const repairWait = 10 * time.Second
 // do. What was lost is written anew from what else says it: l/ from link files and the reverse,
 // lower files from the layers above. Nothing is deleted that could be wanted: the content of layers is never touched,
 // and layers that nothing leads to go only if RemoveOrphans says so. What cannot be mended stays as it is, and
-// stays reported by Check and refused with ErrCorrupt or ErrIncomplete by other calls.
+// stays reported by Check and refused with ErrCorrupt, ErrIncomplete or ErrUnsynced by other calls.
 //
 // Each action is atomic, and on the disk when Repair returns. Killed at any moment, it can be called
 // again. Other processes may use the home, but not dockerd, which takes no locks. Actions that could not be done

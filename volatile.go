@@ -58,8 +58,10 @@ func (d *Driver) checkSynced(l *layer) error {
 	if err != nil || !marked {
 		return err
 	}
-	return fmt.Errorf("%w: ResetVolatile accepts what is there", ErrUnsynced)
+	return unsynced()
 }
+
+func unsynced() error { return fmt.Errorf("%w: ResetVolatile accepts what is there", ErrUnsynced) }
 
 // ResetVolatile accepts the content of a layer that is ErrUnsynced as it is. That is for a
 // caller who knows that the machine has not crashed since the layer was written, or who has looked. A

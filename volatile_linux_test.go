@@ -49,11 +49,17 @@ func TestVolatile(t *testing.T) {
 				}
 			}
 			next := openTestDriver(t, d.home, opts)
+			wantProblem(t, next, "box/"+volatileMark, ErrUnsynced)
+			wantNoProblem(t, d)
 			must(t, next.ResetVolatile("box"))
 			must(t, next.ResetVolatile("box"))
+			wantNoProblem(t, next)
 			path, put := get(t, next, "box")
 			if _, err := os.Stat(path + "/f"); err != nil {
 				t.Error(err)
+			}
+			if problems, err := CheckHome(d.home); err != nil || len(problems) > 0 {
+				t.Errorf("mounted: %v %v", problems, err)
 			}
 			wantErr(t, next.ResetVolatile("box"), ErrLayerInUse)
 			put()
@@ -73,6 +79,7 @@ func TestVolatile(t *testing.T) {
 			must(t, d.Create("box", "layer1", nil))
 			_, put = get(t, d, "box")
 			put()
+			must(t, d.ResetVolatile("box")) // or Check by the other Drivers finds it
 		})
 	}
 }
@@ -152,5 +159,22 @@ func TestMountLabelled(t *testing.T) {
 			labelled(t, at)
 			must(t, unix.Unmount(at, 0))
 		})
+	}
+}
+
+// wantProblem fails the test unless a problem at path is all that Check returns.
+func wantProblem(t *testing.T, d *Driver, path string, want error) {
+	t.Helper()
+	problems, err := d.Check()
+	must(t, err)
+	if len(problems) != 1 || problems[0].Path != path || !errors.Is(problems[0].Err, want) {
+		t.Errorf("Check: %v, want %s: %v", problems, path, want)
+	}
+}
+
+func wantNoProblem(t *testing.T, d *Driver) {
+	t.Helper()
+	if problems, err := d.Check(); err != nil || len(problems) > 0 {
+		t.Errorf("Check: %v %v", problems, err)
 	}
 }
