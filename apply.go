@@ -299,7 +299,7 @@ func (d *Driver) applyMerged(l *layer, state *layerState, diff io.Reader) (stats
 		return stats, err
 	}
 	if adopted {
-		if state.use, _, err = l.joinUse(); err != nil {
+		if state.use, err = l.joinUse(); err != nil {
 			return stats, err
 		}
 		state.mounts++

@@ -16,11 +16,10 @@ import (
 // ownLinks returns the links in l/ that lead to the layer. Mostly that is the one its link
 // file names; if that file is damaged, l/ is searched.
 func (s *staging) ownLinks(l *layer) ([]string, error) {
-	lfd, err := sys.OpenDirat(s.homefd, linkDir)
+	lfd, err := s.links()
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", linkDir, err)
+		return nil, err
 	}
-	defer func() { _ = sys.Close(lfd) }()
 	var failed error
 	leads := func(link string) bool {
 		target, err := sys.Readlinkat(lfd, link)

@@ -55,14 +55,14 @@ func (d *Driver) create(id, parent string, limit limits, kind string) (err error
 	if err := s.checkFree(id); err != nil {
 		return err
 	}
-	n := newLayer{d: d, s: s, id: id, limit: limit, entry: kind}
+	n := newLayer{d: d, s: s, id: id, limit: limit, entry: kind, readWrite: kind == readWritePrefix}
 	if parent != "" {
 		p, err := d.openParent(parent)
 		if err != nil {
 			return fmt.Errorf("parent %s: %w", parent, err)
 		}
 		defer p.close()
-		if n.lowers, err = d.parentChain(p); err != nil {
+		if n.lowers, err = d.parentChain(s, p); err != nil {
 			return fmt.Errorf("parent %s: %w", parent, p.gone(err))
 		}
 		n.parent = p
@@ -84,22 +84,15 @@ func (s *staging) checkFree(id string) error {
 }
 
 // openParent opens a layer that is to get a child. Until the layer is closed no other
-// process removes it.
+// process removes it; whether one has in the meantime parentChain finds out.
 func (d *Driver) openParent(id string) (*layer, error) {
 	p, err := openLayer(d.home, id)
 	if err != nil {
 		return nil, err
 	}
-	if err := sys.Flock(p.fd, unix.LOCK_SH); err != nil {
-		p.close()
-		return nil, err
-	}
-	// It may have been removed between the open and the lock.
-	err = p.gone(errors.Join(p.checkWhole(), p.checkDiff(), d.checkSynced(p)))
-	if still, err2 := openLayer(d.home, id); err2 != nil {
-		err = err2
-	} else {
-		still.close()
+	err = sys.Flock(p.fd, unix.LOCK_SH)
+	if err == nil {
+		err = p.gone(errors.Join(p.checkWhole(), p.checkDiff(), d.checkSynced(p)))
 	}
 	if err != nil {
 		p.close()
@@ -108,8 +101,8 @@ func (d *Driver) openParent(id string) (*layer, error) {
 	return p, nil
 }
 
-// parentChain returns the links that a child of p has below it, and checks that they lead to layers.
-func (d *Driver) parentChain(p *layer) ([]string, error) {
+// parentChain returns the links that a child of p has below it, and checks that p is there and that they lead to layers.
+func (d *Driver) parentChain(s *staging, p *layer) ([]string, error) {
 	own, err := p.link()
 	if err != nil {
 		return nil, err
@@ -122,29 +115,44 @@ func (d *Driver) parentChain(p *layer) ([]string, error) {
 	if len(links) > d.maxDepth {
 		return nil, fmt.Errorf("%w: %d below, at most %d", ErrTooDeep, len(links), d.maxDepth)
 	}
-	ids, err := resolve(p.home, links[:1])
+	lfd, err := s.links()
 	if err != nil {
 		return nil, err
 	}
-	if ids[0] != p.id {
-		return nil, corrupt("%s: %s is the link of layer %s", linkName, own, ids[0])
+	here, base := d.known.surely(lfd, p.id, links)
+	if !here {
+		if err := p.checkHere(); err != nil { // it may have been removed between the open and the lock
+			return nil, err
+		}
+		k, err := resolveLink(s.homefd, lfd, own)
+		if err != nil {
+			return nil, err
+		}
+		if k.id != p.id {
+			return nil, corrupt("%s: %s is the link of layer %s", linkName, own, k.id)
+		}
 	}
-	return links, p.checkEnd(above)
+	if base {
+		return links, nil
+	}
+	return links, checkEnd(lfd, above)
 }
 
 // newLayer is a layer being made in the staging directory.
 type newLayer struct {
-	d      *Driver
-	s      *staging
-	id     string
-	parent *layer
-	lowers []string
-	limit  limits
-	name   string // in staging
-	link   string
-	entry  string // how it is noted until it is on the disk: createPrefix or readWritePrefix
-	listed bool   // among its parent's children
-	batch  *batch // that notes the layer until it is on the disk; nil if it is not noted
+	d         *Driver
+	s         *staging
+	id        string
+	parent    *layer
+	lowers    []string
+	limit     limits
+	name      string // in staging
+	link      string
+	entry     string    // how it is noted until it is on the disk: createPrefix or readWritePrefix
+	listed    bool      // among its parent's children
+	batch     *batch    // that notes the layer until it is on the disk; nil if it is not noted
+	readWrite bool      // it is probably mounted soon
+	ident     sys.Ident // of diff, then, if that could be told
 }
 
 // make makes the layer and lets it appear by one rename. On an error nothing is left.
@@ -187,7 +195,13 @@ func (n *newLayer) make() (err error) {
 			return fmt.Errorf("parent %s: %w", n.parent.id, err)
 		}
 	}
-	return n.appear()
+	if err := n.appear(); err != nil {
+		return err
+	}
+	if n.ident != (sys.Ident{}) {
+		n.d.known.add(n.link, knownLink{id: n.id, name: sys.MakeName(n.link), diff: n.ident})
+	}
+	return nil
 }
 
 // record notes the layer as not on the disk yet, as the Driver's durability asks for.
@@ -266,10 +280,10 @@ func (n *newLayer) fill() (err error) {
 // makeDiff makes the diff directory. It has its parent's metadata, because overlayfs shows the
 // uppermost layer's root: otherwise a layer that changes one file would reset the mode of "/".
 func (n *newLayer) makeDiff(fd int) error {
-	if err := sys.Mkdirat(fd, diffName, 0o755); err != nil {
-		return err
-	}
 	if n.parent == nil {
+		if err := sys.Mkdirat(fd, diffName, 0o755); err != nil {
+			return err
+		}
 		var st unix.Stat_t
 		if err := sys.Fstatat(fd, diffName, &st); err != nil {
 			return err
@@ -280,6 +294,9 @@ func (n *newLayer) makeDiff(fd int) error {
 		// Remapped, or a home with a group for all that is made in it.
 		return unix.Fchownat(fd, diffName, int(n.d.rootUID), int(n.d.rootGID), unix.AT_SYMLINK_NOFOLLOW)
 	}
+	if err := sys.MkdiratMasked(fd, diffName, 0o755); err != nil {
+		return err
+	}
 	src, err := sys.OpenDirat(n.parent.fd, diffName)
 	if err != nil {
 		return err
@@ -289,14 +306,17 @@ func (n *newLayer) makeDiff(fd int) error {
 	if err != nil {
 		return err
 	}
+	if n.readWrite {
+		n.ident, _ = sys.IdentFd(dst) // without, the first mount is no quicker
+	}
 	return errors.Join(sys.CopyDirMetadata(dst, src), sys.Close(dst))
 }
 
 // makeLink makes the layer's link in l/, which leads nowhere until the layer appears.
 func (n *newLayer) makeLink() error {
-	lfd, err := sys.OpenDirat(n.s.homefd, linkDir)
+	lfd, err := n.s.links()
 	if err == nil {
-		err = errors.Join(unix.Symlinkat(linkTarget(n.id), lfd, n.link), sys.Close(lfd))
+		err = sys.Symlinkat(linkTarget(n.id), lfd, n.link)
 	}
 	if err != nil {
 		return fmt.Errorf("%s/%s: %w", linkDir, n.link, err)
@@ -313,7 +333,7 @@ func (n *newLayer) undo() error {
 	if n.listed {
 		noted = errors.Join(noted, n.parent.unlistFrom(n.link, n.id))
 	}
-	return errors.Join(removeDangling(n.s.homefd, n.link), n.d.unlimit(n.name), sys.RemoveAllAt(n.s.fd, n.name), noted)
+	return errors.Join(n.s.removeDangling(n.link), n.d.unlimit(n.name), sys.RemoveAllAt(n.s.fd, n.name), noted)
 }
 
 // Remove removes a layer; that there is none is no error. A layer that is mounted, read
@@ -382,17 +402,19 @@ func (d *Driver) removeUnused(l *layer, s *staging, links []string) error {
 		return err
 	}
 	d.volatile.drop(l.id)
+	item := trashItem{name: trashName, unlinked: len(links) > 0}
 	for _, link := range links {
 		d.sizes.Delete(link)
 		d.known.forget(link)
-		if err := s.unlist(l.fd, link, l.id); err != nil {
-			d.log.WithError(err).WithField("layer", l.id).Debug("overlay2: it stays in the list of its parent's children")
-		}
-		// The layer is gone. If its link stays it is removed before the files are deleted, which
+		// The layer is gone. What stays of these is removed before the files are deleted, which
 		// say what it is, in the background or by the next New.
-		_ = removeDangling(s.homefd, link)
+		err := s.unlist(l.fd, link, l.id)
+		if err == nil {
+			err = s.removeDangling(link)
+		}
+		item.unlinked = item.unlinked && err == nil
 	}
-	d.trash.add(d, trashName)
+	d.trash.addItems(d, item)
 	if d.opts.Durability == DurabilityStrict {
 		return d.synced(sys.Fsync(s.homefd))
 	}

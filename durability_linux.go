@@ -204,7 +204,7 @@ func (r *replay) mend(link string) error {
 		return err
 	}
 	if l == nil {
-		return removeDangling(r.s.homefd, link) // it never appeared
+		return r.s.removeDangling(link) // it never appeared
 	}
 	defer l.close()
 	switch own, err := l.link(); {
@@ -215,7 +215,7 @@ func (r *replay) mend(link string) error {
 			return err
 		}
 	case own != link:
-		return removeDangling(r.s.homefd, link) // the ID is another layer's now
+		return r.s.removeDangling(link) // the ID is another layer's now
 	}
 	if parentLink == noParent {
 		return nil

@@ -131,6 +131,26 @@ func (k *knownLinks) lookup(links []string, l sys.DirState) (known []knownLink, 
 	return known, sure, base
 }
 
+// surely reports whether the watches say that the first of links leads to the layer id, whose own it is and who is there, and that
+// the last is a base layer's. It costs no call where nothing is watched.
+func (k *knownLinks) surely(lfd int, id string, links []string) (here, base bool) {
+	k.mu.Lock()
+	watching := k.watches.on
+	k.mu.Unlock()
+	if !watching {
+		return false, false
+	}
+	l, err := sys.StateFd(lfd)
+	if err != nil {
+		return false, false
+	}
+	known, sure, base := k.lookup([]string{links[0], links[len(links)-1]}, l)
+	for i := range known {
+		known[i].dir.unref()
+	}
+	return sure[0] && known[0].id == id, base
+}
+
 // add remembers a link, with a reference of its own to the directory.
 func (k *knownLinks) add(link string, l knownLink) {
 	k.mu.Lock()
@@ -283,10 +303,9 @@ func (c *chain) check(i int) error {
 	}
 	if k.still(c.lfd) {
 		// A mount makes use of what is held only if all are.
-		if i > 0 && len(c.links) <= c.d.known.maxHeld {
-			c.hold(i)
+		if i == 0 || len(c.links) > c.d.known.maxHeld || c.hold(i) {
+			return nil
 		}
-		return nil
 	}
 	return c.follow(i)
 }
@@ -308,28 +327,29 @@ func (c *chain) follow(i int) error {
 }
 
 // hold remembers that the link was followed with l/ as it is, and holds the layer's directory open
-// if it does not yet. What does not succeed costs time only.
-func (c *chain) hold(i int) {
+// if it does not yet. What does not succeed costs time only; it returns false if it has seen that the link is to be followed strictly.
+func (c *chain) hold(i int) bool {
 	k := &c.known[i]
 	opened := k.dir == nil
 	if opened {
 		if k.dir = c.openDir(k.id); k.dir == nil {
-			return
+			return true
 		}
 	}
 	k.gen, k.watch = c.gen, nil
 	began, ok := c.watch(i)
 	switch {
 	case began && ok:
-		return
+		return true
 	case began: // what is remembered with the watch is not so
 		c.d.known.forget(c.links[i])
 	case !opened || k.dir.settled && c.leadsTo(k):
 		c.d.known.add(c.links[i], *k)
-		return
+		return true
 	}
 	k.dir.unref() // nothing is mounted by it
 	k.dir, k.watch = nil, nil
+	return !began
 }
 
 // openDir opens the directory of a layer. It returns nil if that does not succeed.

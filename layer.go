@@ -33,6 +33,8 @@ const (
 	maxLowers = 500
 	// maxLowerFile is the length of the longest lower file in bytes.
 	maxLowerFile = maxLowers * (len(linkPrefix) + linkid.Length + 1)
+	// shortLowerFile is more than a chain has that Docker can mount, of 128 layers: it is read by one call.
+	shortLowerFile = 128*(len(linkPrefix)+linkid.Length+1) + 1
 	// maxIDLen is NAME_MAX: the ID is a directory's name.
 	maxIDLen = 255
 )
@@ -166,7 +168,11 @@ func (l *layer) link() (string, error) {
 // lowers returns the links of the layer's ancestors, nearest first; none for a base layer. That is one
 // without a work directory: otherwise the file is lost, and the layer must not be shown without what is below.
 func (l *layer) lowers() ([]string, error) {
-	data, err := sys.ReadFileAt(l.fd, lowerName, maxLowerFile)
+	var buf [shortLowerFile]byte
+	data, err := sys.ReadStartAt(l.fd, lowerName, buf[:])
+	if len(data) == len(buf) {
+		data, err = sys.ReadFileAt(l.fd, lowerName, maxLowerFile)
+	}
 	if err == unix.ENOENT {
 		lost, err := l.has(workName)
 		if lost {
@@ -283,15 +289,6 @@ func checkNamed(homefd int, id, link string) error {
 		return corrupt("lower layer %s%s: leads to %s, whose link is %s", linkPrefix, link, id, data)
 	}
 	return nil
-}
-
-// checkEnd is the function checkEnd for links of the layer's chain.
-func (l *layer) checkEnd(links []string) error {
-	fd, err := sys.OpenRoot(l.home + "/" + linkDir)
-	if err != nil {
-		return corrupt("%s: %w", linkDir, err)
-	}
-	return errors.Join(checkEnd(fd, links), sys.Close(fd))
 }
 
 // checkEnd returns ErrCorrupt unless the last link of a chain is a base layer's: a lower file that was cut off between

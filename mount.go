@@ -47,13 +47,16 @@ func (d *Driver) getWith(id string, opts MountOpts) (string, error) {
 	if err := l.checkWhole(); err != nil {
 		return "", err
 	}
-	alone := false
-	if state.use == nil {
-		if state.use, alone, err = l.joinUse(); err != nil {
+	joined := state.use == nil
+	if joined {
+		if state.use, err = l.joinUse(); err != nil {
 			return "", err
 		}
 	}
 	path, adopted, err := d.mountLayer(l, state, opts)
+	if adopted && joined && err == nil {
+		adopted, err = state.use.only() // else it is another's, who has counted it
+	}
 	if err != nil {
 		if state.mounts == 0 {
 			state.use.drop()
@@ -61,7 +64,7 @@ func (d *Driver) getWith(id string, opts MountOpts) (string, error) {
 		}
 		return "", err
 	}
-	if adopted && alone {
+	if adopted && joined {
 		state.mounts++
 	}
 	state.mounts++

@@ -61,7 +61,7 @@ func (d *Driver) rebase(id, parent string) error {
 		return fmt.Errorf("parent %s: %w", parent, err)
 	}
 	defer p.close()
-	links, err := d.parentChain(p)
+	links, err := d.parentChain(s, p)
 	if err != nil {
 		return fmt.Errorf("parent %s: %w", parent, p.gone(err))
 	}

@@ -88,6 +88,7 @@ func TestRepair(t *testing.T) {
 			d, err := New(home, quietOptions(DurabilityOff))
 			must(t, err)
 			if name == "left by a crash" { // New has dealt with it
+				d.trash.wait() // which removes the link, too
 				c.damage(t, home)
 			}
 			actions, err := d.Repair(c.opts)

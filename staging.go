@@ -29,27 +29,52 @@ const (
 
 // staging is the staging directory, open and locked against the recovery of another
 // process that starts on the same home.
-type staging struct{ homefd, fd int }
+type staging struct {
+	homefd, fd int
+	lfd        int // -1 until links is called
+}
+
+// closedStaging has nothing open.
+func closedStaging() *staging { return &staging{homefd: -1, fd: -1, lfd: -1} }
 
 // openStaging opens the staging directory with a lock that many can hold.
-func (d *Driver) openStaging() (_ *staging, err error) {
-	s := &staging{homefd: -1, fd: -1}
-	defer func() {
-		if err != nil {
-			s.close()
-		}
-	}()
+func (d *Driver) openStaging() (*staging, error) {
+	s, err := d.openUnlocked()
+	if err != nil {
+		return nil, err
+	}
+	if err := sys.Flock(s.fd, unix.LOCK_SH); err != nil {
+		s.close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// openUnlocked is openStaging without the lock.
+func (d *Driver) openUnlocked() (_ *staging, err error) {
+	s := closedStaging()
 	if s.homefd, err = sys.OpenRoot(d.home); err != nil {
 		return nil, err
 	}
 	if s.fd, err = sys.OpenDirat(s.homefd, stagingDir); err != nil {
+		s.close()
 		return nil, fmt.Errorf("%s: %w", stagingDir, err)
 	}
-	return s, sys.Flock(s.fd, unix.LOCK_SH)
+	return s, nil
+}
+
+// links returns the directory l/, open until the staging directory is closed.
+func (s *staging) links() (lfd int, err error) {
+	if s.lfd < 0 {
+		if s.lfd, err = sys.OpenDirat(s.homefd, linkDir); err != nil {
+			return -1, fmt.Errorf("%s: %w", linkDir, err)
+		}
+	}
+	return s.lfd, nil
 }
 
 func (s *staging) close() {
-	for _, fd := range []int{s.fd, s.homefd} {
+	for _, fd := range []int{s.fd, s.homefd, s.lfd} {
 		if fd >= 0 {
 			_ = sys.Close(fd) // opened for reading: nothing can be lost
 		}
@@ -138,22 +163,21 @@ func dropLink(s *staging, name string) error {
 			return err
 		}
 	}
-	return removeDangling(s.homefd, link)
+	return s.removeDangling(link)
 }
 
 // removeDangling removes a link from l/ unless it leads to a layer that has it as its own, or may have.
-func removeDangling(homefd int, link string) error {
-	lfd, err := sys.OpenDirat(homefd, linkDir)
+func (s *staging) removeDangling(link string) error {
+	lfd, err := s.links()
 	if err != nil {
-		return fmt.Errorf("%s: %w", linkDir, err)
+		return err
 	}
-	defer func() { _ = sys.Close(lfd) }()
 	target, err := sys.Readlinkat(lfd, link)
 	if err != nil {
 		return ignoreAbsent(err)
 	}
 	if id, _ := parseLinkTarget(target); id != "" {
-		fd, err := sys.OpenDirat(homefd, id)
+		fd, err := sys.OpenDirat(s.homefd, id)
 		if exhausted(err) {
 			return fmt.Errorf("%s: %w", id, err)
 		}
@@ -164,7 +188,7 @@ func removeDangling(homefd int, link string) error {
 				return fmt.Errorf("%s/%s: %w", id, linkName, err)
 			}
 			if err != nil || string(data) == link || !linkid.Valid(string(data)) {
-				return nil
+				return nil //nolint:nilerr // then nobody knows whose it is
 			}
 		}
 	}
@@ -182,19 +206,34 @@ func ignoreAbsent(err error) error {
 // when there is nothing left to delete.
 type trash struct {
 	mu      sync.Mutex
-	names   []string
-	failed  []string // for want of descriptors or the like: deleted with the next
+	items   []trashItem
+	failed  []trashItem // for want of descriptors or the like: deleted with the next
 	running bool
 	idle    sync.WaitGroup
 }
 
+// trashItem is an entry of the staging directory to be deleted.
+type trashItem struct {
+	name string
+	// unlinked says that nothing names the layer any more, neither l/ nor the list of its parent's children.
+	unlinked bool
+}
+
 // add queues entries of the staging directory for deletion, and what could not be deleted before.
 func (t *trash) add(d *Driver, names ...string) {
+	items := make([]trashItem, len(names))
+	for i, name := range names {
+		items[i].name = name
+	}
+	t.addItems(d, items...)
+}
+
+func (t *trash) addItems(d *Driver, items ...trashItem) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.names = append(append(t.names, t.failed...), names...)
+	t.items = append(append(t.items, t.failed...), items...)
 	t.failed = nil
-	if t.running || len(t.names) == 0 {
+	if t.running || len(t.items) == 0 {
 		return
 	}
 	t.running = true
@@ -207,40 +246,41 @@ func (t *trash) wait() { t.idle.Wait() }
 func (t *trash) run(d *Driver) {
 	for {
 		t.mu.Lock()
-		if len(t.names) == 0 {
+		if len(t.items) == 0 {
 			t.running = false
 			t.mu.Unlock()
 			return
 		}
-		name := t.names[0]
-		t.names = t.names[1:]
+		item := t.items[0]
+		t.items = t.items[1:]
 		t.mu.Unlock()
-		if err := d.deleteTrash(name); err != nil {
+		if err := d.deleteTrash(item); err != nil {
 			// It stays for the next New to try again, or for this Driver.
 			if exhausted(err) && !errors.Is(err, unix.EIO) {
 				t.mu.Lock()
-				t.failed = append(t.failed, name)
+				t.failed = append(t.failed, item)
 				t.mu.Unlock()
 			}
-			d.log.WithError(err).WithField("path", filepath.Join(d.home, stagingDir, name)).Warn("overlay2: deletion of a removed layer")
+			d.log.WithError(err).WithField("path", filepath.Join(d.home, stagingDir, item.name)).Warn("overlay2: deletion of a removed layer")
 		}
 	}
 }
 
 // deleteTrash deletes one entry of the staging directory. Mounts that somebody left in it are
 // detached first: nothing behind a mount is ever deleted.
-func (d *Driver) deleteTrash(name string) error {
-	s, err := d.openStaging()
+func (d *Driver) deleteTrash(item trashItem) error {
+	// Without a lock: a long deletion must not look to another New like a layer being made.
+	s, err := d.openUnlocked()
 	if err != nil {
 		return err
 	}
 	defer s.close()
-	// A long deletion must not look to another New like a layer being made.
-	if err := sys.Flock(s.fd, unix.LOCK_UN); err != nil {
-		return err
-	}
+	name := item.name
 	if !strings.HasPrefix(name, trashDiffPrefix) {
-		if err := errors.Join(dropLink(s, name), d.unlimit(name)); err != nil {
+		if !item.unlinked {
+			err = dropLink(s, name)
+		}
+		if err := errors.Join(err, d.unlimit(name)); err != nil {
 			return err
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/bcc2decd/overlay2/internal/overlaytest"
+	"github.com/bcc2decd/overlay2/internal/sys"
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
@@ -68,11 +69,11 @@ func useLayers(d *Driver, worker string, first, rounds int) error {
 // wantIdle fails the test unless nothing is mounted or used, all can be removed and no state stays.
 func wantIdle(t *testing.T, d *Driver) {
 	t.Helper()
-	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(d.home + "/"))
-	must(t, err)
-	for _, m := range mounts {
-		t.Errorf("mounted: %s", m.Mountpoint)
-	}
+	must(t, sys.MountPoints(func(m sys.MountPoint) {
+		if strings.HasPrefix(m.Path, d.home+"/") {
+			t.Errorf("mounted: %s", m.Path)
+		}
+	}))
 	for i := range stressLayers {
 		id := fmt.Sprint("box", i)
 		wantErr(t, d.Put(id), ErrNotMounted)

@@ -103,25 +103,30 @@ func (l *layer) openLink() (int, error) {
 	return sys.Openat(l.fd, linkName, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
 }
 
-// joinUse counts this process among the users of a layer, until drop. Alone is true if there
-// is no other. The layer's directory stays locked until the layer is closed.
-func (l *layer) joinUse() (u *use, alone bool, err error) {
+// joinUse counts this process among the users of a layer, until drop. The layer's directory stays locked until the layer is closed.
+func (l *layer) joinUse() (*use, error) {
 	if err := l.lockHere(); err != nil {
-		return nil, false, err
+		return nil, err
 	}
 	fd, err := sys.OpenDirat(l.fd, diffName)
 	if err != nil {
-		return nil, false, corrupt("%s: %w", diffName, err)
+		return nil, corrupt("%s: %w", diffName, err)
 	}
-	u = &use{fd: fd}
-	if alone, err = u.alone(); err == nil {
-		err = sys.Flock(fd, unix.LOCK_SH)
-	}
-	if err != nil {
+	u := &use{fd: fd}
+	if err := sys.Flock(fd, unix.LOCK_SH); err != nil {
 		u.drop()
-		return nil, false, err
+		return nil, err
 	}
-	return u, alone, nil
+	return u, nil
+}
+
+// only reports whether nobody else uses the layer, whose directory the caller has locked. The use stays.
+func (u *use) only() (bool, error) {
+	alone, err := u.alone()
+	if alone {
+		err = sys.Flock(u.fd, unix.LOCK_SH)
+	}
+	return alone, err
 }
 
 // alone reports whether nobody else uses the layer; if so, nobody does until the layer's

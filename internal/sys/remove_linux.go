@@ -23,7 +23,7 @@ func RemoveAllAt(dirfd int, name string) error {
 
 // RemoveAllUntil is RemoveAllAt that ends with the error of stop, which it calls before each entry.
 func RemoveAllUntil(dirfd int, name string, stop func() error) (err error) {
-	if err := unlinkAny(dirfd, name); !notEmpty(err) {
+	if err := unlinkAny(dirfd, name, false); !notEmpty(err) {
 		return err
 	}
 	r := remover{}
@@ -54,40 +54,51 @@ type removeFrame struct {
 	fd       int // -1 while closed
 	name     string
 	dev, ino uint64
-	names    []string // read, not removed yet
+	entries  []removeEntry // read, not removed yet
+	// whole says that the directory was read to its end.
+	whole bool
+}
+
+type removeEntry struct {
+	name string
+	dir  bool
 }
 
 // step removes one entry, enters one directory, or leaves an empty one. Top is where the whole tree hangs.
 func (r *remover) step(top int) error {
 	f := &r.frames[len(r.frames)-1]
-	if len(f.names) == 0 {
+	if len(f.entries) == 0 && !f.whole {
 		if err := f.read(&r.dir); err != nil {
 			return err
 		}
-		if len(f.names) == 0 {
-			return r.leave(top)
-		}
 	}
-	name := f.names[len(f.names)-1]
-	err := unlinkAny(f.fd, name)
+	if len(f.entries) == 0 {
+		return r.leave(top)
+	}
+	e := f.entries[len(f.entries)-1]
+	f.entries = f.entries[:len(f.entries)-1]
+	err := unlinkAny(f.fd, e.name, e.dir)
 	if notEmpty(err) {
-		return ignoreGone(r.enter(f.fd, name))
+		return ignoreGone(r.enter(f.fd, e.name))
 	}
-	f.names = f.names[:len(f.names)-1]
 	return err
 }
 
-// read takes the next names of the directory.
+// read takes the next entries of the directory.
 func (f *removeFrame) read(dir *DirReader) error {
 	if err := dir.Reset(f.fd); err != nil {
 		return err
 	}
-	for len(f.names) < removeBatch {
-		name, _, err := dir.Next()
-		if err != nil || name == nil {
+	for len(f.entries) < removeBatch {
+		name, typ, err := dir.Next()
+		if err != nil {
 			return err
 		}
-		f.names = append(f.names, string(name))
+		if name == nil {
+			f.whole = true
+			return nil
+		}
+		f.entries = append(f.entries, removeEntry{string(name), typ == unix.DT_DIR})
 	}
 	return nil
 }
@@ -127,7 +138,7 @@ func (r *remover) leave(top int) error {
 	if err := Close(f.fd); err != nil {
 		return err
 	}
-	if err := unlinkAny(top, f.name); !notEmpty(err) {
+	if err := unlinkAny(top, f.name, true); !notEmpty(err) {
 		return err
 	}
 	// Somebody adds entries while we remove: take them too.
@@ -180,8 +191,14 @@ func ignoreGone(err error) error {
 	return err
 }
 
-// unlinkAny removes a file or an empty directory. Absence is no error.
-func unlinkAny(dirfd int, name string) error {
+// unlinkAny removes a file or an empty directory; dir says that it is probably one. Absence is no error.
+func unlinkAny(dirfd int, name string, dir bool) error {
+	if dir {
+		err := retry(func() error { return unix.Unlinkat(dirfd, name, unix.AT_REMOVEDIR) })
+		if err != unix.ENOTDIR {
+			return ignoreGone(err)
+		}
+	}
 	err := retry(func() error { return unix.Unlinkat(dirfd, name, 0) })
 	if err == unix.EISDIR || err == unix.EPERM {
 		err = retry(func() error { return unix.Unlinkat(dirfd, name, unix.AT_REMOVEDIR) })
