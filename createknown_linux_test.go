@@ -74,6 +74,9 @@ func TestKnownDamage(t *testing.T) {
 				must(t, d.Put("mounted"))
 			}
 			must(t, d.CreateReadWrite("box", "layer2", nil))
+			if lower, err := os.ReadFile(home + "/box/" + lowerName); err != nil || !d.known.mayBeReady(string(lower)) {
+				t.Errorf("nothing is remembered: %v", err)
+			}
 			damage(t, home)
 			fresh, err := New(home, quietOptions(DurabilityOff))
 			must(t, err)

@@ -50,6 +50,9 @@ type knownLinks struct {
 	// maxHeld bounds held. Immutable after New.
 	maxHeld int
 	watches watches
+	// ready are chains by readyKey, as they were mounted when watches.kills was readyKills.
+	ready      map[string]*readyChain
+	readyKills uint64
 }
 
 // heldDirs returns how many layers may be held open.
@@ -189,6 +192,9 @@ func (k *knownLinks) forgetAll() {
 func (k *knownLinks) drop(link string) {
 	if l, ok := k.m[link]; ok {
 		k.watches.drop(l.watch)
+		if k.watches.kills != k.readyKills { // what they hold is gone, too
+			k.dropReady()
+		}
 		if l.dir != nil {
 			k.held--
 			l.dir.unref()
@@ -204,6 +210,7 @@ func (k *knownLinks) clear() {
 	}
 	k.m, k.held = make(map[string]knownLink), 0
 	k.watches.stop()
+	k.dropReady()
 }
 
 // generation returns a number that is the same as long as l/ is, 0 if that cannot be told. state is that of l/ after now.
@@ -249,13 +256,14 @@ type chain struct {
 	gen   uint64       // see knownLinks.generation
 	links []string
 	known []knownLink
-	sure  []bool // see knownLinks.lookup
+	sure  []bool      // see knownLinks.lookup
+	ready *readyChain // if set, links is the first alone
 	// checked says that all have been, a moment ago, when one way to mount was looked at before another.
 	checked bool
 }
 
-// openChain takes up the links. The caller closes it.
-func (d *Driver) openChain(links []string) (*chain, error) {
+// openLinks opens l/ for some links, of which nothing is known yet. The caller closes the chain.
+func (d *Driver) openLinks(links []string) (*chain, error) {
 	lfd, err := sys.OpenRoot(d.home + "/" + linkDir)
 	if err != nil {
 		return nil, corrupt("%s: %w", linkDir, err)
@@ -266,11 +274,20 @@ func (d *Driver) openChain(links []string) (*chain, error) {
 		return nil, errors.Join(fmt.Errorf("%s: %w", linkDir, err), sys.Close(lfd))
 	}
 	c.gen = d.known.generation(c.l, now)
+	return c, nil
+}
+
+// openChain takes up the links. The caller closes it.
+func (d *Driver) openChain(links []string) (*chain, error) {
+	c, err := d.openLinks(links)
+	if err != nil {
+		return nil, err
+	}
 	var base bool
 	if c.known, c.sure, base = d.known.lookup(links, c.l); base {
 		return c, nil
 	}
-	if err := checkEnd(lfd, links); err != nil {
+	if err := checkEnd(c.lfd, links); err != nil {
 		c.close()
 		return nil, err
 	}
@@ -282,6 +299,18 @@ func (c *chain) close() {
 	for i := range c.known {
 		c.known[i].dir.unref()
 	}
+	c.d.known.releaseReady(c.ready)
+}
+
+// checkOwn checks the first link, which is that of l.
+func (c *chain) checkOwn(l *layer) error {
+	if err := c.check(0); err != nil {
+		return err
+	}
+	if c.known[0].id != l.id {
+		return corrupt("%s: %s is the link of layer %s", linkName, c.links[0], c.known[0].id)
+	}
+	return nil
 }
 
 // check checks one link.

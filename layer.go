@@ -168,6 +168,15 @@ func (l *layer) link() (string, error) {
 // lowers returns the links of the layer's ancestors, nearest first; none for a base layer. That is one
 // without a work directory: otherwise the file is lost, and the layer must not be shown without what is below.
 func (l *layer) lowers() ([]string, error) {
+	lower, err := l.readLower()
+	if lower == "" || err != nil {
+		return nil, err
+	}
+	return parseLower(lower)
+}
+
+// readLower returns the content of the lower file, "" for a base layer.
+func (l *layer) readLower() (string, error) {
 	var buf [shortLowerFile]byte
 	data, err := sys.ReadStartAt(l.fd, lowerName, buf[:])
 	if len(data) == len(buf) {
@@ -176,14 +185,17 @@ func (l *layer) lowers() ([]string, error) {
 	if err == unix.ENOENT {
 		lost, err := l.has(workName)
 		if lost {
-			return nil, corrupt("%s: %w, although there is %s", lowerName, unix.ENOENT, workName)
+			return "", corrupt("%s: %w, although there is %s", lowerName, unix.ENOENT, workName)
 		}
-		return nil, err
+		return "", err
 	}
 	if err != nil {
-		return nil, corrupt("%s: %w", lowerName, err)
+		return "", corrupt("%s: %w", lowerName, err)
 	}
-	return parseLower(string(data))
+	if len(data) == 0 {
+		return "", corrupt("%s: empty", lowerName)
+	}
+	return string(data), nil
 }
 
 // checkDiff returns an error unless diff is a directory.

@@ -85,7 +85,7 @@ func (d *Driver) mountLayer(l *layer, state *layerState, opts MountOpts) (path s
 		return l.path(diffName), false, nil
 	}
 	state.owners = opts.IDMap
-	links, err := l.lowers()
+	lower, err := l.readLower()
 	if err != nil {
 		return "", false, err
 	}
@@ -93,7 +93,7 @@ func (d *Driver) mountLayer(l *layer, state *layerState, opts MountOpts) (path s
 	if err != nil {
 		return "", false, err
 	}
-	if len(links) == 0 {
+	if lower == "" {
 		if err := l.checkDiff(); err != nil {
 			return "", false, err
 		}
@@ -109,14 +109,40 @@ func (d *Driver) mountLayer(l *layer, state *layerState, opts MountOpts) (path s
 		})
 		return l.path(mergedName), adopted, err
 	}
+	if !committed && opts.IDMap.Empty() {
+		adopted, ready, err := d.mountAsBefore(l, lower, opts)
+		if ready || err != nil {
+			return l.path(mergedName), adopted, err
+		}
+	}
+	links, err := parseLower(lower)
+	if err != nil {
+		return "", false, err
+	}
 	spec, err := d.mountSpec(l, links, committed)
 	if err != nil {
 		return "", false, err
 	}
 	defer spec.chain.close()
-	spec.label = opts.Label
+	spec.label, spec.lower = opts.Label, lower
 	adopted, err = d.mountAtMerged(l, opts.IDMap, func() error { return d.mountOverlay(l, spec, opts.IDMap) })
 	return l.path(mergedName), adopted, err
+}
+
+// mountAsBefore mounts a layer to be written whose lower layers are ready. It returns false if they are not, and nothing
+// is mounted then.
+func (d *Driver) mountAsBefore(l *layer, lower string, opts MountOpts) (adopted, ready bool, err error) {
+	spec, ready, err := d.readySpec(l, lower, opts.Label)
+	if !ready || err != nil {
+		return false, false, err
+	}
+	defer spec.chain.close()
+	adopted, err = d.mountAtMerged(l, opts.IDMap, func() error { return d.mountOverlay(l, spec, opts.IDMap) })
+	if errors.Is(err, errNotReady) {
+		d.known.forgetReady()
+		return false, false, nil
+	}
+	return adopted, true, err
 }
 
 // mountAtMerged makes the layer's merged directory and calls mount, unless something is
@@ -151,21 +177,22 @@ func (d *Driver) mountSpec(l *layer, links []string, readOnly bool) (_ mountSpec
 			c.close()
 		}
 	}()
-	if err := c.check(0); err != nil {
+	if err := c.checkOwn(l); err != nil {
 		return mountSpec{}, err
 	}
-	if c.known[0].id != l.id {
-		return mountSpec{}, corrupt("%s: %s is the link of layer %s", linkName, own, c.known[0].id)
-	}
-	spec := mountSpec{home: d.home, dir: linkPrefix, lowers: links, chain: c, options: d.mountOptions}
 	if readOnly {
-		return spec, nil
+		return mountSpec{home: d.home, dir: linkPrefix, lowers: links, chain: c, options: d.mountOptions}, nil
 	}
-	// Through the link, so that neither the length nor the characters of the ID matter.
+	spec := d.writableSpec(c, own)
 	spec.lowers = links[1:]
-	spec.upper = linkPrefix + own
-	spec.work = linkPrefix + own + "/../" + workName
 	return spec, d.checkWork(l)
+}
+
+// writableSpec returns the overlay of a layer to be written, without its lower layers.
+func (d *Driver) writableSpec(c *chain, own string) mountSpec {
+	// Through the link, so that neither the length nor the characters of the ID matter.
+	upper := linkPrefix + own
+	return mountSpec{home: d.home, dir: linkPrefix, chain: c, options: d.mountOptions, upper: upper, work: upper + "/../" + workName}
 }
 
 // makeMerged makes the mount point. If it is there and something is mounted on it,
@@ -197,6 +224,9 @@ func (l *layer) mounted() (bool, error) {
 // mountOverlay mounts the layer at its merged directory.
 func (d *Driver) mountOverlay(l *layer, spec mountSpec, owners archive.IDMap) error {
 	mount := func() error { return spec.mount(l.id+"/"+mergedName, d.opts.MountMethod, d.facts) }
+	if spec.chain != nil && spec.chain.ready != nil {
+		mount = func() error { return spec.mountReady(l.id + "/" + mergedName) }
+	}
 	if !owners.Empty() {
 		mount = func() error { return d.mountMapped(l, spec, owners) }
 	}

@@ -67,7 +67,11 @@ func (s mountSpec) mount(target string, method MountMethod, f facts) error {
 		if err := s.checkAll(); err != nil {
 			return err
 		}
-		return sys.MountOverlay(s.home+"/"+target, data, 0)
+		err := sys.MountOverlay(s.home+"/"+target, data, 0)
+		if err == nil {
+			s.remember(s.home+"/", "")
+		}
+		return err
 	}
 	// A kernel too old for both other ways was not asked whether it takes such names.
 	if method == MountAuto && (f.newAPI == yes || f.descriptors == yes) {
@@ -104,14 +108,19 @@ func (s mountSpec) mountHeld(target string) (mounted bool, err error) {
 	if !s.hold(sys.ProcFDs) {
 		return false, nil
 	}
+	dir := ""
 	if data, ok := s.fitting(s.home+"/", sys.MaxMountData()); ok {
 		err = sys.MountOverlay(s.home+"/"+target, data, 0)
 	} else {
+		dir = sys.ProcFDs
 		s.hold("")
 		if data, ok = s.fitting(s.home+"/", sys.MaxMountData()); !ok {
 			return false, nil
 		}
-		err = sys.MountOverlayFrom(sys.ProcFDs, s.home+"/"+target, data, 0)
+		err = sys.MountOverlayFrom(dir, s.home+"/"+target, data, 0)
+	}
+	if err == nil {
+		s.remember("", dir)
 	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil // whatever is missing, another way will say it by its name

@@ -22,6 +22,8 @@ type mountSpec struct {
 	work    string
 	options []string
 	label   string
+	// lower is the content of the lower file, if the chain may be remembered as a readyChain.
+	lower string
 	// held, if set, are names for lowers that take no walk; see chain.held.
 	held []string
 	// chain are the layers, that of upper first if there is one; its first is checked. Nil if
@@ -32,10 +34,14 @@ type mountSpec struct {
 // data returns the option string of mount(2), each name after prefix, which is either
 // empty (relative names) or home with a slash.
 func (s mountSpec) data(prefix string) string {
+	return s.withRest("lowerdir="+s.lowerdir(prefix), prefix)
+}
+
+// lowerdir returns the value of that option.
+func (s mountSpec) lowerdir(prefix string) string {
 	prefix = escapeMountName(prefix)
 	var b strings.Builder
-	b.Grow(len(s.lowers)*(len(prefix)+linkRoom) + 2*len(prefix) + pageRoom)
-	b.WriteString("lowerdir=")
+	b.Grow(len(s.lowers) * (len(prefix) + linkRoom))
 	for i, lower := range s.lowers {
 		if i > 0 {
 			b.WriteByte(':')
@@ -48,14 +54,21 @@ func (s mountSpec) data(prefix string) string {
 		b.WriteString(s.dir)
 		b.WriteString(lower)
 	}
+	return b.String()
+}
+
+// withRest adds all other options to that of lowerdir.
+func (s mountSpec) withRest(lowerdir, prefix string) string {
+	prefix = escapeMountName(prefix)
+	parts := make([]string, 0, 3+2*len(s.options))
+	parts = append(parts, lowerdir)
 	if s.upper != "" {
-		b.WriteString(",upperdir=" + prefix + s.upper)
-		b.WriteString(",workdir=" + prefix + s.work)
+		parts = append(parts, ",upperdir="+prefix+s.upper, ",workdir="+prefix+s.work)
 	}
 	for _, o := range s.options {
-		b.WriteString("," + o)
+		parts = append(parts, ",", o)
 	}
-	return label.FormatMountLabel(b.String(), s.label)
+	return label.FormatMountLabel(strings.Join(parts, ""), s.label)
 }
 
 // fitting returns data(prefix), and whether that is no more than room bytes.

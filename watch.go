@@ -20,6 +20,8 @@ type watches struct {
 	l    sys.DirState
 	byWD map[int]*watch
 	buf  []byte
+	// kills counts the watches that told of something, or ended.
+	kills uint64
 }
 
 // watch is the watch of a layer's directory, from when it is opened until something was touched.
@@ -67,7 +69,7 @@ func (w *watches) start(lfd int, l sys.DirState) bool {
 // stop ends all watches.
 func (w *watches) stop() {
 	for _, one := range w.byWD {
-		one.kill()
+		w.kill(one)
 	}
 	if w.on {
 		_ = sys.Close(w.fd) // opened for reading: nothing can be lost
@@ -80,16 +82,19 @@ func (w *watches) drop(one *watch) {
 	if one == nil {
 		return
 	}
-	one.kill()
+	w.kill(one)
 	if w.on && w.byWD[one.wd] == one {
 		sys.Unwatch(w.fd, one.wd)
 		delete(w.byWD, one.wd)
 	}
 }
 
-func (o *watch) kill() {
-	if o != nil {
-		o.ok, o.dead = false, true
+func (w *watches) kill(one *watch) {
+	if one != nil {
+		if one.ok {
+			w.kills++
+		}
+		one.ok, one.dead = false, true
 	}
 }
 
@@ -106,9 +111,9 @@ func (k *knownLinks) readWatches() {
 			lost = true
 		case wd == w.lwd:
 			lost = lost || mask&sys.WatchLost != 0
-			k.m[name].watch.kill()
+			w.kill(k.m[name].watch)
 		case mask&sys.WatchLost != 0 || !untold[name]:
-			w.byWD[wd].kill()
+			w.kill(w.byWD[wd])
 		}
 	})
 	if lost || err != nil {
@@ -148,7 +153,7 @@ func (k *knownLinks) beginWatch(c *chain, i int, one *watch) bool {
 		return false
 	}
 	one.wd = wd
-	k.watches.byWD[wd].kill()
+	k.watches.kill(k.watches.byWD[wd])
 	k.watches.byWD[wd] = one
 	c.known[i].watch = one
 	k.put(c.links[i], c.known[i])
