@@ -406,13 +406,14 @@ func (d *Driver) removeUnused(l *layer, s *staging, links []string) error {
 	for _, link := range links {
 		d.sizes.Delete(link)
 		d.known.forget(link)
-		// The layer is gone. What stays of these is removed before the files are deleted, which
-		// say what it is, in the background or by the next New.
-		err := s.unlist(l.fd, link, l.id)
-		if err == nil {
-			err = s.removeDangling(link)
+		if err := s.unlist(l.fd, link, l.id); err != nil {
+			d.log.WithError(err).WithField("layer", l.id).Debug("overlay2: it stays in the list of its parent's children")
 		}
-		item.unlinked = item.unlinked && err == nil
+		// The layer is gone. If its link stays it is removed before the files are deleted, which
+		// say what it is, in the background or by the next New.
+		if s.removeDangling(link) != nil {
+			item.unlinked = false
+		}
 	}
 	d.trash.addItems(d, item)
 	if d.opts.Durability == DurabilityStrict {

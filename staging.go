@@ -215,7 +215,7 @@ type trash struct {
 // trashItem is an entry of the staging directory to be deleted.
 type trashItem struct {
 	name string
-	// unlinked says that nothing names the layer any more, neither l/ nor the list of its parent's children.
+	// unlinked says that the layer's link is gone, and that it was taken from the list of its parent's children if that can be done.
 	unlinked bool
 }
 
