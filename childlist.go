@@ -212,8 +212,17 @@ func (d *Driver) enlist(p *layer, link, id string) (err error) {
 
 // unlistFrom takes a child from the list of a layer.
 func (l *layer) unlistFrom(link, id string) error {
+	return unlistAt(l.fd, childrenName, link, id)
+}
+
+// unlistAt takes a child from a list. What lies in the place of one and is no directory holds none.
+func unlistAt(dirfd int, list, link, id string) error {
 	name, _ := childEntry(link, id)
-	return ignoreAbsent(sys.Unlinkat(l.fd, childrenName+"/"+name, 0))
+	err := sys.Unlinkat(dirfd, list+"/"+name, 0)
+	if err == unix.ENOTDIR {
+		return nil
+	}
+	return ignoreAbsent(err)
 }
 
 // commit marks the layer as one that has a child. Made is the state of the file if this call has made it, and if that
@@ -261,8 +270,7 @@ func (s *staging) unlistOf(parentLink, link, id string) error {
 	if parent == "" {
 		return nil
 	}
-	name, _ := childEntry(link, id)
-	return ignoreAbsent(sys.Unlinkat(s.homefd, parent+"/"+childrenName+"/"+name, 0))
+	return unlistAt(s.homefd, parent+"/"+childrenName, link, id)
 }
 
 // absent reports whether surely nothing of this name is in the home.
