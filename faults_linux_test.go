@@ -187,7 +187,7 @@ func (w *faultsWorker) fault(t *testing.T, at int64, errno unix.Errno) bool {
 	if d != nil {
 		d.trash.wait()
 		_ = d.Cleanup() // a sync that failed once fails again
-		if w.step.name == "get" && err == nil {
+		if strings.HasPrefix(w.step.name, "get") && err == nil {
 			must(t, d.Put("new"))
 		}
 	}

@@ -230,7 +230,7 @@ func (r scarcity) round(t *testing.T, s *stepTest, step step, left int, remove b
 		err = step.run(d)
 	}
 	what := fmt.Sprintf("%s with %d left: %v", step.name, left, err)
-	if err == nil && step.name == "get" {
+	if err == nil && strings.HasPrefix(step.name, "get") {
 		must(t, d.Put("new"))
 	}
 	remove = remove && r.disk && d != nil

@@ -135,7 +135,7 @@ func (d *Driver) readySpec(l *layer, lower, label string) (spec mountSpec, ok bo
 		return spec, false, err
 	}
 	defer func() {
-		if !ok {
+		if !ok || err != nil {
 			c.close()
 		}
 	}()

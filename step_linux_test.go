@@ -106,6 +106,11 @@ func steps(t *testing.T) []step {
 		}, before: treeTop, after: treeOne, incomplete: true},
 		{name: "record", prepare: createOne, run: func(d *Driver) error { return d.RecordDigests(context.Background(), "new") }, before: treeOne, after: treeOne},
 		{name: "get", prepare: createBox, run: get, before: treeTop, after: treeTop},
+		{name: "get-again", prepare: createBox, begin: func(t *testing.T, d *Driver) { // the layers below are ready then
+			for range 2 {
+				must(t, errors.Join(get(d), d.Put("new")))
+			}
+		}, run: get, before: treeTop, after: treeTop},
 		{name: "put", prepare: createBox, begin: func(t *testing.T, d *Driver) { must(t, get(d)) },
 			run: func(d *Driver) error { return d.Put("new") }, before: treeTop, after: treeTop},
 		{name: "rebase", prepare: createOne, run: func(d *Driver) error { return d.Rebase("new", "base") }, before: treeOne, after: treeBase},
