@@ -51,5 +51,8 @@ func ReadWatches(watches int, buf []byte, f func(wd int, mask uint32, name strin
 			f(int(wd), mask, string(name))
 			data = data[end:]
 		}
+		if len(buf)-n >= unix.SizeofInotifyEvent+unix.NAME_MAX+1 {
+			return nil // there was room for one more: there was none (inotify_read)
+		}
 	}
 }
