@@ -49,11 +49,11 @@ func guests() []guest {
 	return []guest{
 		{
 			name: "uml-6.1", uml: true, arch: "amd64", disks: disks,
-			quickSkip: "Faults|KillSteps|KillChildren", require: needsAll, testFS: noTmpfs, timeout: 20 * time.Minute,
+			quickSkip: "Faults|KillSteps|KillChildren", require: needsAll, testFS: noTmpfs, timeout: 40 * time.Minute,
 		},
 		{
 			name: "qemu-6.12", arch: "amd64", kernel: "linux-image-6.12-cloud-amd64", disks: disks,
-			quick: []string{".", "quota", "internal/sys"}, quickSkip: "PowerCut|Kill|DeepChain|ManyQuotas", require: needsAll, timeout: 30 * time.Minute,
+			quick: []string{".", "quota", "internal/sys"}, quickSkip: "PowerCut|Kill|DeepChain|ManyQuotas", require: needsAll, timeout: 60 * time.Minute,
 		},
 		{
 			name: "qemu-6.1", all: true, arch: "amd64", kernel: "linux-image-cloud-amd64", disks: disks,
