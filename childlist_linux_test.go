@@ -332,7 +332,8 @@ func TestCostsWorker(t *testing.T) {
 		t.Logf("%s %d layers: calls %v", home, sizes[0], few)
 		t.Logf("%s %d layers: calls %v", home, sizes[1], many)
 		for what, n := range many {
-			if n > few[what]+1 { // a name of more digits, a list of two blocks
+			// A name of more digits, a list of two blocks; and New tries again what is busy for a moment.
+			if n > few[what]+1+few[what]/20 {
 				t.Errorf("%s %s: %d calls, with few layers %d", what, home, n, few[what])
 			}
 		}
