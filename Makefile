@@ -73,7 +73,7 @@ soak: ## random calls of eight goroutines with a model beside: DURATION (30m); O
 	OVERLAY2_TEST_SOAK=$(or $(DURATION),30m) $(GO) test -count=1 -timeout 0 -run '^TestSoak$$' -v $(TESTFLAGS) .
 
 .PHONY: test-faults
-test-faults: ## let each system call of each call fail with each of six errors: an hour
+test-faults: ## let each system call of each call fail with each of six errors: twenty minutes
 	OVERLAY2_TEST_FAULTS_ALL=1 $(GO) test -count=1 -timeout 3h -run '^TestFaults$$' -v $(TESTFLAGS) .
 
 .PHONY: test-docker
