@@ -53,7 +53,7 @@ func guests() []guest {
 		},
 		{
 			name: "qemu-6.12", arch: "amd64", kernel: "linux-image-6.12-cloud-amd64", disks: disks,
-			quick: []string{".", "quota", "internal/sys"}, quickSkip: "PowerCut|Kill|DeepChain|ManyQuotas", require: needsAll, timeout: 60 * time.Minute,
+			quick: []string{".", "quota", "internal/sys"}, quickSkip: "Faults|PowerCut|Kill|DeepChain|ManyQuotas", require: needsAll, timeout: 60 * time.Minute,
 		},
 		{
 			name: "qemu-6.1", all: true, arch: "amd64", kernel: "linux-image-cloud-amd64", disks: disks,
