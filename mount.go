@@ -224,9 +224,6 @@ func (l *layer) mounted() (bool, error) {
 // mountOverlay mounts the layer at its merged directory.
 func (d *Driver) mountOverlay(l *layer, spec mountSpec, owners archive.IDMap) error {
 	mount := func() error { return spec.mount(l.id+"/"+mergedName, d.opts.MountMethod, d.facts) }
-	if spec.chain != nil && spec.chain.ready != nil {
-		mount = func() error { return spec.mountReady(l.id + "/" + mergedName) }
-	}
 	if !owners.Empty() {
 		mount = func() error { return d.mountMapped(l, spec, owners) }
 	}

@@ -52,6 +52,9 @@ func (f facts) checkMethod(method MountMethod) error {
 
 // mount mounts the overlay at target, a name relative to home.
 func (s mountSpec) mount(target string, method MountMethod, f facts) error {
+	if s.said != "" {
+		return s.mountReady(target)
+	}
 	if len(s.lowers) > maxLowers {
 		return fmt.Errorf("%w: a mount of %d layers, at most %d", ErrTooDeep, len(s.lowers), maxLowers)
 	}

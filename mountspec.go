@@ -24,6 +24,8 @@ type mountSpec struct {
 	label   string
 	// lower is the content of the lower file, if the chain may be remembered as a readyChain.
 	lower string
+	// said, if set, is the whole option string, of a chain that is ready.
+	said string
 	// held, if set, are names for lowers that take no walk; see chain.held.
 	held []string
 	// chain are the layers, that of upper first if there is one; its first is checked. Nil if

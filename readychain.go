@@ -56,8 +56,8 @@ func (k *knownLinks) lookupReady(own, lower string, l sys.DirState) (*readyChain
 	return r, knownLink{id: known.id, name: known.name, diff: known.diff}
 }
 
-// keepReady remembers how the chain was mounted.
-func (k *knownLinks) keepReady(c *chain, r *readyChain) {
+// keepReady remembers how the chain was mounted; lowerdir is not called unless it does.
+func (k *knownLinks) keepReady(c *chain, r *readyChain, lowerdir func() string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.readWatches()
@@ -83,7 +83,7 @@ func (k *knownLinks) keepReady(c *chain, r *readyChain) {
 			r.dirs = append(r.dirs, c.known[i].dir)
 		}
 	}
-	r.refs = 1
+	r.lowerdir, r.refs = lowerdir(), 1
 	k.ready[key] = r
 }
 
@@ -149,15 +149,11 @@ func (d *Driver) readySpec(l *layer, lower, label string) (spec mountSpec, ok bo
 	}
 	spec = d.writableSpec(c, own)
 	spec.label = label
-	if len(spec.readyData()) > sys.MaxMountData() {
+	spec.said = spec.withRest("lowerdir="+c.ready.lowerdir, d.home+"/")
+	if len(spec.said) > sys.MaxMountData() {
 		return spec, false, nil
 	}
 	return spec, true, d.checkWork(l)
-}
-
-// readyData returns the option string of mount(2) for a chain that is ready.
-func (s mountSpec) readyData() string {
-	return s.withRest("lowerdir="+s.chain.ready.lowerdir, s.home+"/")
 }
 
 // errNotReady says that a chain cannot be mounted as before: another way will mount it, or say why not.
@@ -165,10 +161,10 @@ var errNotReady = errors.New("the layers below are not as they were")
 
 // mountReady mounts a chain that is ready at target, a name relative to home.
 func (s mountSpec) mountReady(target string) (err error) {
-	if r := s.chain.ready; r.dir == "" {
-		err = sys.MountOverlay(s.home+"/"+target, s.readyData(), 0)
+	if dir := s.chain.ready.dir; dir == "" {
+		err = sys.MountOverlay(s.home+"/"+target, s.said, 0)
 	} else {
-		err = sys.MountOverlayFrom(r.dir, s.home+"/"+target, s.readyData(), 0)
+		err = sys.MountOverlayFrom(dir, s.home+"/"+target, s.said, 0)
 	}
 	if err != nil {
 		return fmt.Errorf("%w: %w", errNotReady, err)
@@ -181,9 +177,9 @@ func (s mountSpec) remember(prefix, dir string) {
 	if s.lower == "" || s.upper == "" || s.chain == nil {
 		return
 	}
-	r := &readyChain{lower: s.lower, lowerdir: s.lowerdir(prefix), dir: dir}
+	r := &readyChain{lower: s.lower, dir: dir}
 	if s.held != nil {
 		r.dirs = make([]*heldDir, 0, len(s.lowers))
 	}
-	s.chain.d.known.keepReady(s.chain, r)
+	s.chain.d.known.keepReady(s.chain, r, func() string { return s.lowerdir(prefix) })
 }

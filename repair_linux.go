@@ -67,7 +67,7 @@ func (d *Driver) repair(opts RepairOpts) (actions []Action, err error) {
 	if opts.DryRun {
 		return planHome(d.home, opts)
 	}
-	r := &repairer{d: d, staging: *closedStaging()}
+	r := &repairer{d: d, staging: closedStaging()}
 	defer r.staging.close()
 	if err := r.lock(); err != nil {
 		return nil, err

@@ -35,7 +35,7 @@ type staging struct {
 }
 
 // closedStaging has nothing open.
-func closedStaging() *staging { return &staging{homefd: -1, fd: -1, lfd: -1} }
+func closedStaging() staging { return staging{homefd: -1, fd: -1, lfd: -1} }
 
 // openStaging opens the staging directory with a lock that many can hold.
 func (d *Driver) openStaging() (*staging, error) {
@@ -60,7 +60,7 @@ func (d *Driver) openUnlocked() (_ *staging, err error) {
 		s.close()
 		return nil, fmt.Errorf("%s: %w", stagingDir, err)
 	}
-	return s, nil
+	return &s, nil
 }
 
 // links returns the directory l/, open until the staging directory is closed.

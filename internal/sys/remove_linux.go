@@ -55,8 +55,8 @@ type removeFrame struct {
 	name     string
 	dev, ino uint64
 	entries  []removeEntry // read, not removed yet
-	// whole says that the directory was read to its end.
-	whole bool
+	// begun and whole say that the directory was read, and to its end.
+	begun, whole bool
 }
 
 type removeEntry struct {
@@ -86,8 +86,13 @@ func (r *remover) step(top int) error {
 
 // read takes the next entries of the directory.
 func (f *removeFrame) read(dir *DirReader) error {
-	if err := dir.Reset(f.fd); err != nil {
-		return err
+	if f.begun {
+		if err := dir.Reset(f.fd); err != nil {
+			return err
+		}
+	} else {
+		dir.Start(f.fd)
+		f.begun = true
 	}
 	for len(f.entries) < removeBatch {
 		name, typ, err := dir.Next()
