@@ -129,7 +129,7 @@ func (d *Driver) beginApply(l *layer, state *layerState, parent bool) (mounted b
 		return mounted, d.markApplying(l)
 	case mounted && state.mounts == 0:
 		// Nobody can use it any more.
-		if err := retryBusy(func() error { return d.unmountMerged(l.path(mergedName)) }); err != nil {
+		if err := retryBusy(func() error { return d.unmountMerged(l) }); err != nil {
 			return false, err
 		}
 		mounted = false
@@ -304,7 +304,7 @@ func (d *Driver) applyMerged(l *layer, state *layerState, diff io.Reader) (stats
 		}
 		state.mounts++
 	} else if state.mounts == 0 {
-		defer func() { err = errors.Join(err, d.unmountMerged(l.path(mergedName))) }()
+		defer func() { err = errors.Join(err, d.unmountMerged(l)) }()
 	}
 	opts := archive.UnpackOptions{Format: archive.Merged, IDMap: d.opts.IDMap}
 	unpacked, err := archive.Unpack(context.Background(), path, diff, opts)

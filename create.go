@@ -402,6 +402,7 @@ func (d *Driver) removeUnused(l *layer, s *staging, links []string) error {
 		return err
 	}
 	d.volatile.drop(l.id)
+	d.dropKept(d.kept.forget(l.id))
 	item := trashItem{name: trashName, unlinked: len(links) > 0}
 	for _, link := range links {
 		d.sizes.Delete(link)

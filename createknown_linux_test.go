@@ -1,6 +1,7 @@
 package overlay2
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -60,51 +61,91 @@ func TestKnownDamage(t *testing.T) {
 		},
 		"own lower too long":        func(t *testing.T, home string) { must(t, os.Truncate(home+"/box/lower", int64(maxLowerFile+1))) },
 		"own lower of another size": func(t *testing.T, home string) { must(t, os.Truncate(home+"/box/lower", int64(shortLowerFile))) },
+		"own lower another": func(t *testing.T, home string) {
+			must(t, os.WriteFile(home+"/box/lower", []byte(linkPrefix+filepath.Base(link(t, home, "layer0"))), 0))
+		},
+		"own lower gone":     remove("box/lower"),
+		"own link file":      file("box/"+linkName, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
+		"own link file gone": remove("box/" + linkName),
+		"own work gone":      remove("box/work"),
+		"own work a file":    func(t *testing.T, home string) { remove("box/work")(t, home); file("box/work", "")(t, home) },
+		"own merged a file":  file("box/merged", ""),
+		"incomplete":         file("box/"+incompleteName, ""),
+		"committed":          file("box/"+committedName, ""),
+		"gone":               remove("box"),
+		"moved":              func(t *testing.T, home string) { must(t, os.Rename(home+"/box", home+"/was")) },
+		"own diff another": func(t *testing.T, home string) {
+			remove("box/diff")(t, home)
+			must(t, os.Mkdir(home+"/box/diff", 0o755))
+		},
+		"work of another kind": func(t *testing.T, home string) { must(t, os.Chmod(home+"/box/work", 0)) },
+		"another": func(t *testing.T, home string) {
+			must(t, os.Rename(home+"/box", home+"/was"))
+			must(t, os.Rename(home+"/mounted", home+"/box"))
+		},
 	} {
-		t.Run(name, func(t *testing.T) {
-			overlaytest.NoLeaks(t)
-			home := t.TempDir()
-			d, err := New(home, quietOptions(DurabilityOff))
-			must(t, err)
-			deepChain(t, d, 3)
-			must(t, d.CreateReadWrite("mounted", "layer2", nil))
-			for range 2 {
-				_, err := d.Get("mounted", "")
-				must(t, err)
-				must(t, d.Put("mounted"))
-			}
-			must(t, d.CreateReadWrite("box", "layer2", nil))
-			if lower, err := os.ReadFile(home + "/box/" + lowerName); err != nil || !d.known.mayBeReady(string(lower)) {
-				t.Errorf("nothing is remembered: %v", err)
-			}
-			damage(t, home)
-			fresh, err := New(home, quietOptions(DurabilityOff))
-			must(t, err)
-			try := func(d *Driver, id string) (results [3]string) {
-				for i, f := range []func() error{
-					func() error { return d.Create(id, "layer2", nil) },
-					func() error { return d.CreateReadWrite(id+"-rw", "layer2", nil) },
-					func() error {
-						_, err := d.Get("box", "")
-						if err == nil {
-							err = d.Put("box")
-						}
-						return err
-					},
-				} {
-					if err := f(); err != nil {
-						results[i] = err.Error()
-					}
-				}
-				must(t, d.Remove(id))
-				must(t, d.Remove(id+"-rw"))
-				return results
-			}
-			if got, want := try(d, "new"), try(fresh, "new"); got != want {
-				t.Errorf("got\n%q\nwant\n%q", got, want)
-			}
-			must(t, d.Cleanup())
-			must(t, fresh.Cleanup())
-		})
+		for _, kept := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, kept=%v", name, kept), func(t *testing.T) { testKnownDamage(t, damage, kept) })
+		}
 	}
+}
+
+func getPut(t *testing.T, d *Driver, id string, times int) {
+	t.Helper()
+	for range times {
+		_, err := d.Get(id, "")
+		must(t, err)
+		must(t, d.Put(id))
+	}
+}
+
+func testKnownDamage(t *testing.T, damage func(t *testing.T, home string), kept bool) {
+	overlaytest.NoLeaks(t)
+	home := t.TempDir()
+	d, err := New(home, quietOptions(DurabilityOff))
+	must(t, err)
+	deepChain(t, d, 3)
+	for i := range 3 {
+		must(t, os.WriteFile(fmt.Sprintf("%s/layer%d/diff/%d", home, i, i), nil, 0o644))
+	}
+	must(t, d.CreateReadWrite("mounted", "layer2", nil))
+	getPut(t, d, "mounted", 2)
+	must(t, d.CreateReadWrite("box", "layer2", nil))
+	if kept {
+		getKept(t, d, "box")
+	}
+	if lower, err := os.ReadFile(home + "/box/" + lowerName); err != nil || !d.known.mayBeReady(string(lower)) {
+		t.Errorf("nothing is remembered: %v", err)
+	}
+	damage(t, home)
+	fresh, err := New(home, quietOptions(DurabilityOff))
+	must(t, err)
+	try := func(d *Driver, id string) (results [4]string) {
+		for i, f := range []func() error{
+			func() error { return d.Create(id, "layer2", nil) },
+			func() error { return d.CreateReadWrite(id+"-rw", "layer2", nil) },
+			func() error {
+				path, err := d.Get("box", "")
+				if err != nil {
+					return err
+				}
+				names, err := os.ReadDir(path)
+				must(t, err)
+				results[3] = fmt.Sprint(names)
+				return d.Put("box")
+			},
+		} {
+			if err := f(); err != nil {
+				results[i] = err.Error()
+			}
+		}
+		must(t, d.Remove(id))
+		must(t, d.Remove(id+"-rw"))
+		return results
+	}
+	if got, want := try(d, "new"), try(fresh, "new"); got != want {
+		t.Errorf("got\n%q\nwant\n%q", got, want)
+	}
+	must(t, d.Cleanup())
+	must(t, fresh.Cleanup())
 }

@@ -46,6 +46,7 @@ type Driver struct {
 
 	layers   layerTable
 	known    knownLinks
+	kept     keptLayers
 	volatile volatileLayers
 	trash    trash
 	sizes    sync.Map // of final layers, by link: see layerSize
@@ -178,7 +179,8 @@ func (d *Driver) openHome() (err error) {
 	if err != nil {
 		return err
 	}
-	d.known.maxHeld = heldDirs()
+	d.known.maxHeld = descriptorsFor(heldDirsPart*heldFDs, maxHeldDirs)
+	d.kept.max = descriptorsFor(2*keptLayersPart, maxKeptLayers)
 	if !d.facts.fineTimes {
 		d.known.settle = settleTime
 	}
@@ -289,6 +291,7 @@ func (d *Driver) Cleanup() error {
 	d.trash.add(d) // what could not be deleted
 	d.trash.wait()
 	d.handOver()
+	d.dropAllKept()
 	d.known.forgetAll()
 	return errors.Join(err, d.unbindHome())
 }

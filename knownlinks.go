@@ -55,13 +55,13 @@ type knownLinks struct {
 	readyKills uint64
 }
 
-// heldDirs returns how many layers may be held open.
-func heldDirs() int {
+// descriptorsFor returns which part of the descriptors that the process may have that is, at most most.
+func descriptorsFor(part, most uint64) int {
 	var l unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
 		return 0
 	}
-	return int(min(l.Cur/heldDirsPart/heldFDs, maxHeldDirs))
+	return int(min(l.Cur/part, most))
 }
 
 type knownLink struct {
@@ -251,7 +251,7 @@ func (d *Driver) resolve(links []string) ([]string, error) {
 // before the kernel follows it, while what that takes is at hand in the processor's caches.
 type chain struct {
 	d     *Driver
-	lfd   int          // l/, open
+	lfd   int          // l/, open, -1 if nothing is asked there
 	l     sys.DirState // of l/
 	gen   uint64       // see knownLinks.generation
 	links []string
@@ -295,7 +295,9 @@ func (d *Driver) openChain(links []string) (*chain, error) {
 }
 
 func (c *chain) close() {
-	_ = sys.Close(c.lfd) // opened for reading: nothing can be lost
+	if c.lfd >= 0 {
+		_ = sys.Close(c.lfd) // opened for reading: nothing can be lost
+	}
 	for i := range c.known {
 		c.known[i].dir.unref()
 	}

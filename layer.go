@@ -115,6 +115,8 @@ type layer struct {
 	home string
 	id   string
 	fd   int
+	// kept says that it stays open, and that close only unlocks it; see keptLayer.
+	kept bool
 }
 
 // openLayer opens the layer id of home, or returns ErrLayerNotFound.
@@ -134,7 +136,13 @@ func openLayer(home, id string) (*layer, error) {
 	return &layer{home: home, id: id, fd: fd}, nil
 }
 
-func (l *layer) close() { _ = sys.Close(l.fd) } // opened for reading: nothing can be lost
+func (l *layer) close() {
+	if l.kept && sys.Flock(l.fd, unix.LOCK_UN) == nil {
+		return
+	}
+	_ = sys.Close(l.fd) // opened for reading: nothing can be lost
+	l.kept, l.fd = false, -1
+}
 
 // path returns the host path of one of the layer's files.
 func (l *layer) path(name string) string { return l.home + "/" + l.id + "/" + name }

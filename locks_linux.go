@@ -22,6 +22,8 @@ type layerState struct {
 	owners archive.IDMap
 	// use is held while mounts is more than 0. Protected by mu.
 	use *use
+	// kept is set while mounts is more than 0 if use is one of a layer that is kept. Protected by mu.
+	kept *keptLayer
 }
 
 // layerTable holds the states of a Driver's layers.

@@ -38,6 +38,9 @@ func (d *Driver) getWith(id string, opts MountOpts) (string, error) {
 	}
 	state, unlock := d.layers.lock(id)
 	defer unlock()
+	if path, ok, err := d.getKept(id, state, opts); ok || err != nil {
+		return path, err
+	}
 	l, err := openLayer(d.home, id)
 	if err != nil {
 		return "", err
@@ -49,13 +52,17 @@ func (d *Driver) getWith(id string, opts MountOpts) (string, error) {
 	}
 	joined := state.use == nil
 	if joined {
-		if state.use, err = l.joinUse(); err != nil {
+		if err := d.joinLayer(l, state); err != nil {
 			return "", err
 		}
 	}
 	path, adopted, err := d.mountLayer(l, state, opts)
 	if adopted && joined && err == nil {
 		adopted, err = state.use.only() // else it is another's, who has counted it
+	}
+	if k := state.kept; k != nil && joined && (err != nil || !d.keep(k, l, state.use)) {
+		d.dropKept(k)
+		state.kept = nil
 	}
 	if err != nil {
 		if state.mounts == 0 {
@@ -69,6 +76,22 @@ func (d *Driver) getWith(id string, opts MountOpts) (string, error) {
 	}
 	state.mounts++
 	return path, nil
+}
+
+// joinLayer begins a use of the layer, and to keep it if that is worth it.
+func (d *Driver) joinLayer(l *layer, state *layerState) (err error) {
+	if state.use, err = l.joinUse(); err != nil || state.mounts > 0 {
+		return err
+	}
+	if state.kept = d.beginKeeping(l); state.kept == nil {
+		return nil
+	}
+	if err = l.checkWhole(); err != nil { // again, since it is watched
+		d.dropKept(state.kept)
+		state.use.drop()
+		state.kept, state.use = nil, nil
+	}
+	return err
 }
 
 // mountLayer mounts an open layer that has been got so many times before, if it needs
@@ -110,7 +133,7 @@ func (d *Driver) mountLayer(l *layer, state *layerState, opts MountOpts) (path s
 		return l.path(mergedName), adopted, err
 	}
 	if !committed && opts.IDMap.Empty() {
-		adopted, ready, err := d.mountAsBefore(l, lower, opts)
+		adopted, ready, err := d.mountAsBefore(l, lower, state.kept, opts)
 		if ready || err != nil {
 			return l.path(mergedName), adopted, err
 		}
@@ -130,17 +153,23 @@ func (d *Driver) mountLayer(l *layer, state *layerState, opts MountOpts) (path s
 }
 
 // mountAsBefore mounts a layer to be written whose lower layers are ready. It returns false if they are not, and nothing
-// is mounted then.
-func (d *Driver) mountAsBefore(l *layer, lower string, opts MountOpts) (adopted, ready bool, err error) {
+// is mounted then. What is kept of the layer, unless it is nil, is found out.
+func (d *Driver) mountAsBefore(l *layer, lower string, kept *keptLayer, opts MountOpts) (adopted, ready bool, err error) {
 	spec, ready, err := d.readySpec(l, lower, opts.Label)
 	if !ready || err != nil {
 		return false, false, err
 	}
 	defer spec.chain.close()
+	if kept != nil {
+		kept.own, kept.lower, kept.ident = spec.chain.links[0], lower, spec.chain.known[0].diff
+	}
 	adopted, err = d.mountAtMerged(l, opts.IDMap, func() error { return d.mountOverlay(l, spec, opts.IDMap) })
 	if errors.Is(err, errNotReady) {
 		d.known.forgetReady()
 		return false, false, nil
+	}
+	if kept == nil && err == nil {
+		d.kept.seen(l.id)
 	}
 	return adopted, true, err
 }
@@ -278,6 +307,9 @@ func (d *Driver) put(id string) error {
 	}
 	state, unlock := d.layers.lock(id)
 	defer unlock()
+	if ok, err := d.putKept(state); ok {
+		return err
+	}
 	l, err := openLayer(d.home, id)
 	if err != nil {
 		return err
@@ -292,7 +324,7 @@ func (d *Driver) put(id string) error {
 			return err
 		}
 	}
-	return l.endUse(state, func() error { return d.unmountMerged(l.path(mergedName)) })
+	return l.endUse(state, func() error { return d.unmountMerged(l) })
 }
 
 // checkMounted returns ErrNotMounted unless something is mounted at the layer's merged, as a
@@ -316,14 +348,21 @@ func (d *Driver) checkMounted(l *layer) error {
 	return d.adoptVolatile(l)
 }
 
-// unmountMerged detaches the mount at path, a layer's merged, if there is one, and removes
+// unmountMerged detaches the mount at the layer's merged, if there is one, and removes
 // the directory, which also detaches it in other mount namespaces (3.18, commit 8ed936b5671b).
-func (d *Driver) unmountMerged(path string) error {
-	if err := unmountGone(path); err != nil {
+func (d *Driver) unmountMerged(l *layer) error {
+	path := l.path(mergedName)
+	switch err := sys.Unmount(path); {
+	case err == nil:
+	case !isGone(err):
 		return err
+	case l.kept: // it was opened a while ago
+		if err := l.checkHere(); err != nil {
+			return err
+		}
 	}
 	// Not a reason to keep the layer counted: the mount is gone. Get takes the directory as it is.
-	if err := unix.Rmdir(path); err != nil && err != unix.ENOENT {
+	if err := sys.Unlinkat(l.fd, mergedName, unix.AT_REMOVEDIR); err != nil && err != unix.ENOENT {
 		d.log.WithError(err).WithField("path", path).Debug("overlay2: mount point stays")
 	}
 	return nil

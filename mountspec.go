@@ -143,8 +143,11 @@ func escapeMountName(s string) string { return mountNameEscaper.Replace(s) }
 // unmountGone detaches the mount at path. That nothing is mounted there is no error.
 func unmountGone(path string) error {
 	err := sys.Unmount(path)
-	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+	if isGone(err) {
 		return nil
 	}
 	return err
 }
+
+// isGone reports whether an unmount says that nothing is mounted there.
+func isGone(err error) bool { return errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) }

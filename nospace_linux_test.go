@@ -330,6 +330,7 @@ func fillDisk(t *testing.T, dir string, left int) (giveBack func()) {
 				size += chunk
 			case unix.ENOSPC:
 				chunk /= 2
+			case unix.EINTR: // tmpfs gives up at a signal, of the Go runtime too
 			default:
 				t.Fatal(err)
 			}

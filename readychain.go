@@ -44,16 +44,29 @@ func (k *knownLinks) lookupReady(own, lower string, l sys.DirState) (*readyChain
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.readWatches()
+	if !k.watches.l.SameDir(l) {
+		return nil, knownLink{}
+	}
+	r := k.takeReady(lower)
+	if r == nil {
+		return nil, knownLink{}
+	}
+	known := k.m[own]
+	return r, knownLink{id: known.id, name: known.name, diff: known.diff}
+}
+
+// takeReady returns the chain with this lower file, nil if a watch has told of a change since it was mounted. mu is held, and the
+// watches have just been read.
+func (k *knownLinks) takeReady(lower string) *readyChain {
 	if k.watches.kills != k.readyKills {
 		k.dropReady()
 	}
 	r := k.ready[readyKey(lower)]
-	if r == nil || r.lower != lower || !k.watches.on || !k.watches.l.SameDir(l) {
-		return nil, knownLink{}
+	if r == nil || r.lower != lower || !k.watches.on {
+		return nil
 	}
 	r.refs++
-	known := k.m[own]
-	return r, knownLink{id: known.id, name: known.name, diff: known.diff}
+	return r
 }
 
 // keepReady remembers how the chain was mounted; lowerdir is not called unless it does.

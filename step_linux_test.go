@@ -111,6 +111,10 @@ func steps(t *testing.T) []step {
 				must(t, errors.Join(get(d), d.Put("new")))
 			}
 		}, run: get, before: treeTop, after: treeTop},
+		{name: "get-kept", prepare: createBox, begin: func(t *testing.T, d *Driver) { getKept(t, d, "new") },
+			run: get, before: treeTop, after: treeTop},
+		{name: "put-kept", prepare: createBox, begin: func(t *testing.T, d *Driver) { getKept(t, d, "new"); must(t, get(d)) },
+			run: func(d *Driver) error { return d.Put("new") }, before: treeTop, after: treeTop},
 		{name: "put", prepare: createBox, begin: func(t *testing.T, d *Driver) { must(t, get(d)) },
 			run: func(d *Driver) error { return d.Put("new") }, before: treeTop, after: treeTop},
 		{name: "rebase", prepare: createOne, run: func(d *Driver) error { return d.Rebase("new", "base") }, before: treeOne, after: treeBase},

@@ -20,7 +20,10 @@ import (
 // neither has it mounted nor keeps anybody from mounting it, but it must not be removed or filled.
 
 // use is a lock of those who use a layer, or read it.
-type use struct{ fd int }
+type use struct {
+	fd   int
+	kept bool // it stays open; see keptLayer
+}
 
 // lockHere locks the layer's directory for writing. If another process has removed the layer
 // since it was opened it is ErrLayerNotFound, even if there is a new one of this name.
@@ -143,10 +146,14 @@ func (u *use) alone() (bool, error) {
 // drop ends the use. More than the descriptor has to go: a child between fork and exec has a copy, which would
 // keep the lock for as long.
 func (u *use) drop() {
-	if u != nil {
-		_ = sys.Flock(u.fd, unix.LOCK_UN)
-		_ = sys.Close(u.fd) // opened for reading: nothing can be lost
+	if u == nil {
+		return
 	}
+	if err := sys.Flock(u.fd, unix.LOCK_UN); err == nil && u.kept {
+		return
+	}
+	_ = sys.Close(u.fd) // opened for reading: nothing can be lost
+	u.kept, u.fd = false, -1
 }
 
 // checkUnused returns ErrLayerInUse if another process uses the layer, whose directory the
@@ -201,8 +208,12 @@ func (l *layer) endUse(state *layerState, unmount func() error) (err error) {
 func (d *Driver) handOver() {
 	for _, id := range d.layers.ids() {
 		state, unlock := d.layers.lock(id)
-		state.use.drop()
-		state.use = nil
+		if state.kept != nil {
+			d.dropKept(state.kept)
+		} else {
+			state.use.drop()
+		}
+		state.use, state.kept = nil, nil
 		unlock()
 	}
 }

@@ -32,6 +32,8 @@ type watch struct {
 	ok, dead bool
 	// base says that the layer is a base layer.
 	base bool
+	// own says that it is of a layer that is kept, not of one below another.
+	own bool
 }
 
 // watchSize holds some hundred changes.
@@ -91,7 +93,7 @@ func (w *watches) drop(one *watch) {
 
 func (w *watches) kill(one *watch) {
 	if one != nil {
-		if one.ok {
+		if one.ok && !one.own {
 			w.kills++
 		}
 		one.ok, one.dead = false, true
@@ -114,6 +116,10 @@ func (k *knownLinks) readWatches() {
 			w.kill(k.m[name].watch)
 		case mask&sys.WatchLost != 0 || !untold[name]:
 			w.kill(w.byWD[wd])
+		case name == committedName:
+			if one := w.byWD[wd]; one != nil && one.own {
+				w.kill(one)
+			}
 		}
 	})
 	if lost || err != nil {
@@ -158,4 +164,61 @@ func (k *knownLinks) beginWatch(c *chain, i int, one *watch) bool {
 	c.known[i].watch = one
 	k.put(c.links[i], c.known[i])
 	return true
+}
+
+// watching reports whether any link is watched.
+func (k *knownLinks) watching() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.watches.on
+}
+
+// watchOwn begins to watch the directory of a layer that is to be kept, which is open. It returns nil if it cannot be watched,
+// or is so as one below another layer.
+func (k *knownLinks) watchOwn(fd int) *watch {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	w := &k.watches
+	if !w.on || w.full {
+		return nil
+	}
+	wd, err := sys.Watch(w.fd, fd)
+	if err != nil {
+		w.full = true
+		return nil
+	}
+	if old := w.byWD[wd]; old != nil && !old.dead {
+		return nil
+	}
+	one := &watch{wd: wd, own: true}
+	w.byWD[wd] = one
+	return one
+}
+
+// settleOwn reports whether nothing has changed since watchOwn, while the layer was looked at.
+func (k *knownLinks) settleOwn(one *watch) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.readWatches()
+	one.ok = !one.dead
+	return one.ok
+}
+
+// unwatch ends a watch.
+func (k *knownLinks) unwatch(one *watch) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.watches.drop(one)
+}
+
+// lookupKept returns the chain with this lower file if that and the layer above it, which is watched, are surely what they
+// were, nil otherwise. The caller releases it.
+func (k *knownLinks) lookupKept(one *watch, lower string) *readyChain {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.readWatches()
+	if !one.ok {
+		return nil
+	}
+	return k.takeReady(lower)
 }

@@ -1,0 +1,216 @@
+package overlay2
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"testing"
+
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
+	"golang.org/x/sys/unix"
+)
+
+// getKept gets and puts a layer until it is kept.
+func getKept(t *testing.T, d *Driver, id string) {
+	t.Helper()
+	for range 5 {
+		getPut(t, d, id, 1)
+		if isKept(d, id) {
+			return
+		}
+	}
+	t.Fatalf("%s is not kept", id)
+}
+
+func isKept(d *Driver, id string) bool {
+	d.kept.mu.Lock()
+	defer d.kept.mu.Unlock()
+	return d.kept.m[id] != nil
+}
+
+// keptHome returns a Driver with a chain of three layers, and boxes above it that are kept.
+func keptHome(t *testing.T, boxes ...string) *Driver {
+	t.Helper()
+	overlaytest.Require(t, "root", "overlay")
+	overlaytest.NoLeaks(t)
+	d, err := New(t.TempDir(), quietOptions(DurabilityOff))
+	must(t, err)
+	t.Cleanup(func() {
+		must(t, d.Cleanup())
+		if len(d.kept.m) != 0 || d.kept.n != 0 {
+			t.Errorf("after Cleanup %d of %d are kept", len(d.kept.m), d.kept.n)
+		}
+	})
+	deepChain(t, d, 3)
+	for _, id := range boxes {
+		must(t, d.CreateReadWrite(id, "layer2", nil))
+		getKept(t, d, id)
+	}
+	return d
+}
+
+// TestKeptLayerUse: what is written through a layer that is kept is there the next time, for this Driver and for others.
+func TestKeptLayerUse(t *testing.T) {
+	d := keptHome(t, "box")
+	for i := range 5 {
+		path, err := d.Get("box", "")
+		must(t, err)
+		must(t, os.WriteFile(fmt.Sprintf("%s/%d", path, i), nil, 0o644))
+		must(t, os.Chmod(path, 0o750+os.FileMode(i))) // of the diff, which is watched by its parent
+		must(t, d.Put("box"))
+		if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("the mount point after Put: %v", err)
+		}
+	}
+	other, err := New(d.home, quietOptions(DurabilityOff))
+	must(t, err)
+	path, err := other.Get("box", "")
+	must(t, err)
+	again, err := d.Get("box", "") // shared, and kept
+	must(t, err)
+	names, err := os.ReadDir(again)
+	must(t, err)
+	if again != path || len(names) != 9 { // and those of deepChain
+		t.Errorf("%s and %s with %v", path, again, names)
+	}
+	must(t, d.Put("box"))
+	if _, err := os.ReadDir(path + "/."); err != nil {
+		t.Error(err)
+	}
+	if err := d.Put("box"); !errors.Is(err, ErrNotMounted) {
+		t.Errorf("one Put too many: %v", err)
+	}
+	must(t, other.Put("box"))
+	must(t, other.Cleanup())
+}
+
+// TestKeptLayerBound: no more are open than may be, in use or not.
+func TestKeptLayerBound(t *testing.T) {
+	d := keptHome(t)
+	d.kept.max = 2
+	ids := []string{"a", "b", "c", "d"}
+	for _, id := range ids {
+		must(t, d.CreateReadWrite(id, "layer2", nil))
+	}
+	getKept(t, d, "a")
+	before := openDescriptors(t) - 2
+	for range 4 {
+		for _, id := range ids {
+			getPut(t, d, id, 3)
+		}
+		for _, id := range ids {
+			_, err := d.Get(id, "")
+			must(t, err)
+		}
+		for _, id := range ids {
+			must(t, d.Put(id))
+		}
+	}
+	if n := openDescriptors(t) - before; len(d.kept.m) > 2 || n > 2*2 {
+		t.Errorf("%d kept, %d descriptors", len(d.kept.m), n)
+	}
+	for _, id := range ids {
+		must(t, d.Remove(id))
+	}
+	if len(d.kept.m) > 0 || d.kept.n > 0 {
+		t.Errorf("%d of %d kept of layers that are removed", len(d.kept.m), d.kept.n)
+	}
+}
+
+func openDescriptors(t *testing.T) int {
+	t.Helper()
+	fds, err := os.ReadDir("/proc/self/fd")
+	must(t, err)
+	return len(fds)
+}
+
+// TestKeptLayerOthers: another Driver removes the layer, makes it anew, fills it, or mounts it.
+func TestKeptLayerOthers(t *testing.T) {
+	for name, c := range map[string]struct {
+		do   func(t *testing.T, other *Driver)
+		want error
+	}{
+		"remove": {func(t *testing.T, other *Driver) { must(t, other.Remove("box")) }, ErrLayerNotFound},
+		"make anew": {func(t *testing.T, other *Driver) {
+			must(t, other.Remove("box"))
+			must(t, other.CreateReadWrite("box", "layer1", nil))
+		}, nil},
+		"child of it": {func(t *testing.T, other *Driver) { must(t, other.Create("child", "box", nil)) }, nil},
+		"remove parent": {func(t *testing.T, other *Driver) {
+			if err := other.Remove("layer2"); !errors.Is(err, ErrLayerInUse) {
+				t.Error(err)
+			}
+		}, nil},
+		"rebase": {func(t *testing.T, other *Driver) { must(t, other.Rebase("box", "layer0")) }, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := keptHome(t, "box")
+			other, err := New(d.home, quietOptions(DurabilityOff))
+			must(t, err)
+			c.do(t, other)
+			for range 4 {
+				path, err := d.Get("box", "")
+				if !errors.Is(err, c.want) {
+					t.Fatalf("got %v, want %v", err, c.want)
+				}
+				if err != nil {
+					continue
+				}
+				want, err := other.Get("box", "")
+				must(t, err)
+				var st, wantSt unix.Stat_t
+				must(t, errors.Join(unix.Stat(path, &st), unix.Stat(want, &wantSt)))
+				if path != want || st.Dev != wantSt.Dev {
+					t.Errorf("%s on %d, %s on %d", path, st.Dev, want, wantSt.Dev)
+				}
+				must(t, other.Put("box"))
+				must(t, d.Put("box"))
+			}
+			must(t, other.Cleanup())
+			if problems, err := d.Check(); err != nil || len(problems) > 0 {
+				t.Error(problems, err)
+			}
+		})
+	}
+}
+
+// TestKeptLayerCovered: a home that something else is mounted over is not taken for the one that was watched, and a use
+// stays counted while its mount is out of reach.
+func TestKeptLayerCovered(t *testing.T) {
+	d := keptHome(t, "box")
+	cover := func() { must(t, unix.Mount("none", d.home, "tmpfs", 0, "")) }
+	uncover := func() { must(t, unix.Unmount(d.home, 0)) }
+	cover()
+	if _, err := d.Get("box", ""); !errors.Is(err, ErrLayerNotFound) {
+		t.Errorf("Get: %v", err)
+	}
+	uncover()
+	getKept(t, d, "box")
+	path, err := d.Get("box", "")
+	must(t, err)
+	cover()
+	if err := d.Put("box"); !errors.Is(err, ErrLayerNotFound) {
+		t.Errorf("Put: %v", err)
+	}
+	uncover()
+	if _, err := os.ReadDir(path); err != nil {
+		t.Error(err)
+	}
+	must(t, d.Put("box"))
+	getPut(t, d, "box", 2)
+}
+
+// TestKeptLayerHandOver: Cleanup ends the uses of layers that are kept, too, and what is mounted can be put by anybody.
+func TestKeptLayerHandOver(t *testing.T) {
+	d := keptHome(t, "box", "other")
+	_, err := d.Get("box", "")
+	must(t, err)
+	must(t, d.Cleanup())
+	other, err := New(d.home, quietOptions(DurabilityOff))
+	must(t, err)
+	must(t, other.Put("box"))
+	must(t, other.Cleanup())
+	if err := d.Put("box"); err != nil && !errors.Is(err, ErrNotMounted) {
+		t.Error(err)
+	}
+}
