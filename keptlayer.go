@@ -34,6 +34,10 @@ type keptLayer struct {
 	own   string // the link's name
 	lower string // content of the file
 	watch *watch
+	// said is what was last said to mount(2), for the chain ready with this label.
+	said  sys.Name
+	ready *readyChain
+	label string
 }
 
 // keptLayers are those that are not in use now.
@@ -241,8 +245,10 @@ func (d *Driver) keptSpec(k *keptLayer, label string) (spec mountSpec, ok bool) 
 	}
 	spec = d.writableSpec(c, k.own)
 	spec.label = label
-	spec.said = spec.withRest("lowerdir="+c.ready.lowerdir, d.home+"/")
-	if len(spec.said) > sys.MaxMountData() {
+	if k.ready != c.ready || k.label != label {
+		k.said, k.ready, k.label = spec.sayReady(), c.ready, label
+	}
+	if spec.said = k.said; spec.said == nil {
 		c.close()
 		return spec, false
 	}

@@ -25,7 +25,7 @@ type mountSpec struct {
 	// lower is the content of the lower file, if the chain may be remembered as a readyChain.
 	lower string
 	// said, if set, is the whole option string, of a chain that is ready.
-	said string
+	said sys.Name
 	// held, if set, are names for lowers that take no walk; see chain.held.
 	held []string
 	// chain are the layers, that of upper first if there is one; its first is checked. Nil if

@@ -162,11 +162,19 @@ func (d *Driver) readySpec(l *layer, lower, label string) (spec mountSpec, ok bo
 	}
 	spec = d.writableSpec(c, own)
 	spec.label = label
-	spec.said = spec.withRest("lowerdir="+c.ready.lowerdir, d.home+"/")
-	if len(spec.said) > sys.MaxMountData() {
+	if spec.said = spec.sayReady(); spec.said == nil {
 		return spec, false, nil
 	}
 	return spec, true, d.checkWork(l)
+}
+
+// sayReady returns the whole option string for a chain that is ready, nil if it is too long.
+func (s mountSpec) sayReady() sys.Name {
+	data := s.withRest("lowerdir="+s.chain.ready.lowerdir, s.home+"/")
+	if len(data) > sys.MaxMountData() {
+		return nil
+	}
+	return sys.MakeName(data)
 }
 
 // errNotReady says that a chain cannot be mounted as before: another way will mount it, or say why not.
@@ -175,9 +183,9 @@ var errNotReady = errors.New("the layers below are not as they were")
 // mountReady mounts a chain that is ready at target, a name relative to home.
 func (s mountSpec) mountReady(target string) (err error) {
 	if dir := s.chain.ready.dir; dir == "" {
-		err = sys.MountOverlay(s.home+"/"+target, s.said, 0)
+		err = sys.MountOverlayNamed(s.home+"/"+target, s.said)
 	} else {
-		err = sys.MountOverlayFrom(dir, s.home+"/"+target, s.said, 0)
+		err = sys.MountOverlayFrom(dir, s.home+"/"+target, s.said.String(), 0)
 	}
 	if err != nil {
 		return fmt.Errorf("%w: %w", errNotReady, err)

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -53,6 +54,23 @@ func MountOverlay(target, data string, flags uintptr) error {
 	}
 	if err := unix.Mount("overlay", target, "overlay", flags, data); err != nil {
 		return &MountError{Call: "mount", Target: target, Data: data, Err: err}
+	}
+	return nil
+}
+
+// MountOverlayNamed is MountOverlay with data that need not be copied, which is worth it where they are a page.
+func MountOverlayNamed(target string, data Name) error {
+	if len(data) > MaxMountData()+1 {
+		return &MountError{Call: "mount", Target: target, Data: data.String(), Err: unix.EMSGSIZE}
+	}
+	to, fsType := MakeName(target), MakeName("overlay")
+	_, _, errno := unix.Syscall6(unix.SYS_MOUNT, uintptr(unsafe.Pointer(unsafe.SliceData(fsType))), uintptr(unsafe.Pointer(unsafe.SliceData(to))),
+		uintptr(unsafe.Pointer(unsafe.SliceData(fsType))), 0, uintptr(unsafe.Pointer(unsafe.SliceData(data))), 0)
+	runtime.KeepAlive(to)
+	runtime.KeepAlive(fsType)
+	runtime.KeepAlive(data)
+	if errno != 0 {
+		return &MountError{Call: "mount", Target: target, Data: data.String(), Err: errno}
 	}
 	return nil
 }
