@@ -111,9 +111,9 @@ func steps(t *testing.T) []step {
 				must(t, errors.Join(get(d), d.Put("new")))
 			}
 		}, run: get, before: treeTop, after: treeTop},
-		{name: "get-kept", prepare: createBox, begin: func(t *testing.T, d *Driver) { getKept(t, d, "new") },
+		{name: "get-kept", prepare: createBox, begin: func(t *testing.T, d *Driver) { getPut(t, d, "new", 5) }, // it is kept where the filesystem has times of birth
 			run: get, before: treeTop, after: treeTop},
-		{name: "put-kept", prepare: createBox, begin: func(t *testing.T, d *Driver) { getKept(t, d, "new"); must(t, get(d)) },
+		{name: "put-kept", prepare: createBox, begin: func(t *testing.T, d *Driver) { getPut(t, d, "new", 5); must(t, get(d)) },
 			run: func(d *Driver) error { return d.Put("new") }, before: treeTop, after: treeTop},
 		{name: "put", prepare: createBox, begin: func(t *testing.T, d *Driver) { must(t, get(d)) },
 			run: func(d *Driver) error { return d.Put("new") }, before: treeTop, after: treeTop},
