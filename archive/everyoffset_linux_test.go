@@ -51,7 +51,7 @@ func allKinds(t *testing.T) [][]byte {
 // as large as may be and byte by byte: what the reader said comes out, and nothing stays open or at work.
 func TestUnpackEveryOffset(t *testing.T) {
 	overlaytest.Require(t, "root", "tmpfs")
-	top := overlaytest.MountFS(t, overlaytest.FS{Name: "tmpfs", Size: 64 << 20})
+	top := overlaytest.MountFS(t, overlaytest.FS{Name: "tmpfs"}) // another one where that has no user.* xattrs
 	overlaytest.NoLeaks(t)
 	lower, upper := filepath.Join(top, "lower"), filepath.Join(top, "upper")
 	overlaytest.Build(t, lower, "dir low 0700 uid=7\ndir low/sub 0711\nfile low/old \"1\"\nfile gone \"2\"")
@@ -96,6 +96,9 @@ func TestUnpackEveryOffset(t *testing.T) {
 	for at := 0; at <= len(stream) && !t.Failed(); at++ {
 		// About the edges of blocks each in each way; elsewhere in one, by turns.
 		if edge := (at + 1) % blockSize; edge > 2 {
+			if testing.Short() && at%23 != 0 { // odd, for both kinds of turn
+				continue
+			}
 			one := []func(brokenWay, int){breakOff, end}[at%2]
 			one(brokenWays[at/2%len(brokenWays)], at)
 			continue
