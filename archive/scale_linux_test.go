@@ -94,6 +94,7 @@ func TestScale(t *testing.T) {
 	}{
 		{"unpack", func(ctx context.Context) error {
 			r, w := io.Pipe()
+			defer r.Close()
 			go func() { w.CloseWithError(s.write(w)) }()
 			stats, err := Unpack(ctx, dir, r, UnpackOptions{})
 			entries, size = stats.Entries, stats.Size

@@ -49,7 +49,7 @@ func guests() []guest {
 	return []guest{
 		{
 			name: "uml-6.1", uml: true, arch: "amd64", disks: disks,
-			quickSkip: "Faults|KillSteps|KillChildren", require: needsAll, testFS: noTmpfs, timeout: 40 * time.Minute,
+			quickSkip: "Faults|KillSteps|KillChildren", require: needsAll, testFS: noTmpfs, timeout: 60 * time.Minute,
 		},
 		{
 			name: "qemu-6.12", arch: "amd64", kernel: "linux-image-6.12-cloud-amd64", disks: disks,
@@ -86,7 +86,8 @@ type diskKind struct {
 // diskKinds returns the filesystems by name.
 func diskKinds() map[string]diskKind {
 	return map[string]diskKind{
-		"ext4":  {"ext4", []string{"mkfs.ext4", "-q", "-F", "-O", "quota,project", "-E", "lazy_itable_init=1,lazy_journal_init=1"}, "prjquota"},
+		// With inodes for a test of 132,000 names.
+		"ext4":  {"ext4", []string{"mkfs.ext4", "-q", "-F", "-i", "8192", "-O", "quota,project", "-E", "lazy_itable_init=1,lazy_journal_init=1"}, "prjquota"},
 		"xfs":   {"xfs", []string{"mkfs.xfs", "-q", "-f"}, "prjquota"},
 		"btrfs": {"btrfs", []string{"mkfs.btrfs", "-q", "-f"}, ""},
 	}
