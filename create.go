@@ -351,6 +351,7 @@ func (d *Driver) remove(id string) error {
 	defer unlock()
 	l, err := openLayer(d.home, id)
 	if errors.Is(err, ErrLayerNotFound) {
+		d.dropKept(d.kept.forget(id))
 		return nil
 	}
 	if err != nil {

@@ -167,6 +167,13 @@ func TestKeptLayerOthers(t *testing.T) {
 				must(t, d.Put("box"))
 			}
 			must(t, other.Cleanup())
+			if c.want != nil {
+				stays := isKept(d, "box")
+				must(t, d.Remove("box"))
+				if stays || isKept(d, "box") {
+					t.Error("it is kept after its removal")
+				}
+			}
 			if problems, err := d.Check(); err != nil || len(problems) > 0 {
 				t.Error(problems, err)
 			}
