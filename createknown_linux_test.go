@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/bcc2decd/overlay2/internal/overlaytest"
+	"golang.org/x/sys/unix"
 )
 
 // TestKnownDamage: a Driver that has made and mounted layers, and remembers them, says of a home that was damaged since the
@@ -52,6 +53,7 @@ func TestKnownDamage(t *testing.T) {
 		"grandparent gone":   remove("layer1"),
 		"grandparent's link": relink("layer1", "layer0"),
 		"own link elsewhere": relink("box", "layer1"),
+		"own link to a box":  relink("box", "mounted"),
 		"own link gone":      func(t *testing.T, home string) { must(t, os.Remove(link(t, home, "box"))) },
 		"own diff gone":      remove("box/diff"),
 		"own diff a file":    func(t *testing.T, home string) { remove("box/diff")(t, home); file("box/diff", "")(t, home) },
@@ -131,7 +133,9 @@ func testKnownDamage(t *testing.T, damage func(t *testing.T, home string), kept 
 				}
 				names, err := os.ReadDir(path)
 				must(t, err)
-				results[3] = fmt.Sprint(names)
+				var st unix.Statfs_t
+				must(t, unix.Statfs(path, &st))
+				results[3] = fmt.Sprint(names, st.Flags&unix.ST_RDONLY)
 				return d.Put("box")
 			},
 		} {

@@ -3,10 +3,14 @@ package overlay2
 import (
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/bcc2decd/overlay2/internal/overlaytest"
+	"github.com/bcc2decd/overlay2/internal/sys"
 	"golang.org/x/sys/unix"
 )
 
@@ -220,4 +224,150 @@ func TestKeptLayerHandOver(t *testing.T) {
 	if err := d.Put("box"); err != nil && !errors.Is(err, ErrNotMounted) {
 		t.Error(err)
 	}
+}
+
+// TestKeptLayerTogether: three Drivers get and put the same few layers, which they keep, while these are removed and made anew now
+// and then, or have a child: who has got one has it mounted, with all that is below, until his Put.
+func TestKeptLayerTogether(t *testing.T) {
+	d := keptHome(t)
+	rounds := 400
+	if testing.Short() {
+		rounds = 60
+	}
+	boxes := []string{"a", "b", "c"}
+	for _, id := range boxes {
+		must(t, d.CreateReadWrite(id, "layer2", nil))
+	}
+	drivers := []*Driver{d}
+	for range 2 {
+		other, err := New(d.home, quietOptions(DurabilityOff))
+		must(t, err)
+		drivers = append(drivers, other)
+	}
+	var got, gone atomic.Int64
+	use := func(d *Driver, id string) error {
+		path, err := d.Get(id, "")
+		if errors.Is(err, ErrLayerNotFound) {
+			gone.Add(1)
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		got.Add(1)
+		var st unix.Statfs_t
+		if err := unix.Statfs(path, &st); err != nil || st.Type != unix.OVERLAYFS_SUPER_MAGIC {
+			return fmt.Errorf("%s: of type %x: %w", path, st.Type, err)
+		}
+		for i := range 3 {
+			if _, err := os.Lstat(fmt.Sprintf("%s/f%d", path, i)); err != nil {
+				return err
+			}
+		}
+		return d.Put(id)
+	}
+	remake := func(d *Driver, id string, n int) error {
+		if n%2 == 0 { // it is read-only from then on
+			if err := d.Create(id+"-child", id, nil); err != nil && !errors.Is(err, ErrLayerNotFound) && !errors.Is(err, ErrLayerExists) {
+				return err
+			}
+			if err := d.Remove(id + "-child"); err != nil {
+				return err
+			}
+		}
+		if err := d.Remove(id); err != nil {
+			if errors.Is(err, ErrLayerInUse) {
+				return nil
+			}
+			return err
+		}
+		if err := d.CreateReadWrite(id, "layer2", nil); err != nil && !errors.Is(err, ErrLayerExists) {
+			return err
+		}
+		return nil
+	}
+	var all sync.WaitGroup
+	for i, d := range drivers {
+		for j := range 4 {
+			all.Go(func() {
+				random := rand.New(rand.NewPCG(uint64(i), uint64(j)))
+				for n := range rounds {
+					id := boxes[random.IntN(len(boxes))]
+					err := use(d, id)
+					if err == nil && random.IntN(25) == 0 {
+						err = remake(d, id, n)
+					}
+					if err != nil {
+						t.Errorf("driver %d, round %d: %s: %v", i, n, id, err)
+						return
+					}
+				}
+			})
+		}
+	}
+	all.Wait()
+	t.Logf("%d Gets, %d of layers that were not there", got.Load(), gone.Load())
+	for _, d := range drivers[1:] {
+		must(t, d.Cleanup())
+	}
+	checkEmpty(t, d)
+	for _, id := range boxes {
+		must(t, d.Remove(id))
+	}
+}
+
+// TestWatchOwn: a layer that is looked at while something changes there is not kept, one that another layer has below it is not watched twice.
+func TestWatchOwn(t *testing.T) {
+	d := keptHome(t, "box")
+	must(t, d.CreateReadWrite("new", "layer2", nil))
+	watchOwn := func(id string) *watch {
+		l, err := openLayer(d.home, id)
+		must(t, err)
+		defer l.close()
+		one := d.known.watchOwn(l.fd)
+		if one != nil {
+			t.Cleanup(func() { d.known.unwatch(one) })
+		}
+		return one
+	}
+	for name, want := range map[string]bool{mergedName: true, committedName: false, incompleteName: false, "anything": false} {
+		one := watchOwn("new")
+		if one == nil {
+			t.Fatal("not watched")
+		}
+		path := d.home + "/new/" + name
+		must(t, os.Mkdir(path, 0o700))
+		if ok := d.known.settleOwn(one); ok != want {
+			t.Errorf("%s was made: settled %v, want %v", name, ok, want)
+		}
+		must(t, os.Remove(path))
+		d.known.unwatch(one)
+	}
+	for _, want := range []bool{true, false} {
+		l, err := openLayer(d.home, "new")
+		must(t, err)
+		d.kept.seen("new")
+		k := d.beginKeeping(l)
+		u, err := l.joinUse()
+		must(t, err)
+		k.own = "LINK"
+		k.ident, err = sys.IdentFd(u.fd)
+		must(t, err)
+		if !want {
+			must(t, os.Mkdir(d.home+"/new/"+incompleteName, 0o700))
+		}
+		if ok := d.keep(k, l, u); ok != want {
+			t.Errorf("kept %v, want %v", ok, want)
+		}
+		d.dropKept(k)
+		if !want {
+			u.drop()
+			l.close()
+		}
+	}
+	must(t, os.Remove(d.home+"/new/"+incompleteName))
+	if watchOwn("layer2") != nil {
+		t.Error("layer2 is watched twice")
+	}
+	getKept(t, d, "box")
 }
