@@ -20,7 +20,7 @@ import (
 // options are the command line's.
 type options struct {
 	repo, module, cache              string
-	guests, packages, run            string
+	guests, packages, run, skip      string
 	all, list, verbose, long, unsafe bool
 	cuts                             int
 	slow                             float64
@@ -34,6 +34,7 @@ func main() {
 	flag.StringVar(&o.guests, "guest", "", "guests to run, separated by commas (default: the quick ones)")
 	flag.StringVar(&o.packages, "pkg", "", "packages to test, as paths in the module, separated by commas; . is the top (default: all)")
 	flag.StringVar(&o.run, "run", "", "tests to run, a regular expression as of go test")
+	flag.StringVar(&o.skip, "skip", "", "tests to leave out, a regular expression as of go test (default: what takes long in the quick ones, unless -all, -pkg or -run)")
 	flag.BoolVar(&o.all, "all", false, "run every guest")
 	flag.BoolVar(&o.list, "list", false, "list the guests")
 	flag.BoolVar(&o.long, "long", false, "run tests without -test.short")
@@ -152,8 +153,12 @@ func testArgs(o options, g guest) []string {
 	if o.run != "" {
 		args = append(args, "-test.run="+o.run)
 	}
-	if g.quickSkip != "" && !o.all && o.run == "" && o.packages == "" {
-		args = append(args, "-test.skip="+g.quickSkip)
+	skip := o.skip
+	if skip == "" && !o.all && o.run == "" && o.packages == "" {
+		skip = g.quickSkip
+	}
+	if skip != "" {
+		args = append(args, "-test.skip="+skip)
 	}
 	if !o.long {
 		args = append(args, "-test.short")
