@@ -49,7 +49,7 @@ func guests() []guest {
 	return []guest{
 		{
 			name: "uml-6.1", uml: true, arch: "amd64", disks: disks,
-			quickSkip: "Faults|KillSteps|KillChildren", require: needsAll, testFS: noTmpfs, timeout: 60 * time.Minute,
+			quickSkip: "Faults|KillSteps|KillChildren|Scale", require: needsAll, testFS: noTmpfs, timeout: 60 * time.Minute,
 		},
 		{
 			name: "qemu-6.12", arch: "amd64", kernel: "linux-image-6.12-cloud-amd64", disks: disks,
