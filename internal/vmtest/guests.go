@@ -19,8 +19,9 @@ type guest struct {
 	append string
 	// quick are the packages that the quick set tests, if not all: emulation is slow.
 	quick []string
-	// quickSkip are tests that the quick set leaves out, as of -test.skip.
-	quickSkip string
+	// skip are tests that are left out unless some were asked for, as of -test.skip: those that take long there
+	// and see nothing that the host or a quicker guest does not.
+	skip string
 	// disks are names of diskKinds.
 	disks []string
 	// require is what tests may not miss: OVERLAY2_TEST_REQUIRE.
@@ -40,6 +41,9 @@ const (
 	needsAll   = needsBasic + ",ext4,xfs,btrfs,quota,quota-ext4,cmd:mkfs.ext4,cmd:mkfs.xfs,cmd:mkfs.btrfs,cmd:sh,cmd:stat"
 )
 
+// emulatedSkip is what guests without acceleration leave out.
+const emulatedSkip = "Faults|PowerCut|Kill|Scale"
+
 // noTmpfs is for kernels before 6.6: their tmpfs has no user.* xattrs.
 const noTmpfs = "ext4,xfs,btrfs"
 
@@ -49,29 +53,29 @@ func guests() []guest {
 	return []guest{
 		{
 			name: "uml-6.1", uml: true, arch: "amd64", disks: disks,
-			quickSkip: "Faults|KillSteps|KillChildren|Scale", require: needsAll, testFS: noTmpfs, timeout: 60 * time.Minute,
+			skip: "Faults|KillSteps|KillChildren|Scale", require: needsAll, testFS: noTmpfs, timeout: 60 * time.Minute,
 		},
 		{
 			name: "qemu-6.12", arch: "amd64", kernel: "linux-image-6.12-cloud-amd64", disks: disks,
-			quick: []string{".", "quota", "internal/sys"}, quickSkip: "Faults|PowerCut|Kill|DeepChain|ManyQuotas", require: needsAll, timeout: 60 * time.Minute,
+			quick: []string{".", "quota", "internal/sys"}, skip: "Faults|PowerCut|Kill|DeepChain|ManyQuotas", require: needsAll, timeout: 60 * time.Minute,
 		},
 		{
 			name: "qemu-6.1", all: true, arch: "amd64", kernel: "linux-image-cloud-amd64", disks: disks,
-			require: needsAll, testFS: noTmpfs, timeout: 30 * time.Minute,
+			skip: emulatedSkip, require: needsAll, testFS: noTmpfs, timeout: 120 * time.Minute,
 		},
 		{
 			name: "selinux-6.12", all: true, arch: "amd64", kernel: "linux-image-6.12-cloud-amd64", disks: disks,
 			append: "security=selinux selinux=1 enforcing=0", selinux: true,
-			require: needsAll + ",selinux", timeout: 30 * time.Minute,
+			skip: emulatedSkip, require: needsAll + ",selinux", timeout: 120 * time.Minute,
 		},
 		{
 			// mkfs would need the host's programs, which are for another processor.
 			name: "ppc64le-64k", all: true, arch: "ppc64le", kernel: "linux-image-powerpc64le", disks: disks[:2], pageSize: 64 << 10,
-			require: needsBasic + ",ext4,xfs,quota,quota-ext4", testFS: "ext4,xfs", timeout: 40 * time.Minute,
+			skip: emulatedSkip, require: needsBasic + ",ext4,xfs,quota,quota-ext4", testFS: "ext4,xfs", timeout: 120 * time.Minute,
 		},
 		{
 			name: "arm64-16k", all: true, arch: "arm64", kernel: "linux-image-6.12-arm64-16k", disks: disks[:2], pageSize: 16 << 10,
-			require: needsBasic + ",ext4,xfs,quota,quota-ext4", testFS: "ext4,tmpfs,xfs", timeout: 40 * time.Minute,
+			skip: emulatedSkip, require: needsBasic + ",ext4,xfs,quota,quota-ext4", testFS: "ext4,tmpfs,xfs", timeout: 120 * time.Minute,
 		},
 	}
 }

@@ -34,7 +34,7 @@ func main() {
 	flag.StringVar(&o.guests, "guest", "", "guests to run, separated by commas (default: the quick ones)")
 	flag.StringVar(&o.packages, "pkg", "", "packages to test, as paths in the module, separated by commas; . is the top (default: all)")
 	flag.StringVar(&o.run, "run", "", "tests to run, a regular expression as of go test")
-	flag.StringVar(&o.skip, "skip", "", "tests to leave out, a regular expression as of go test (default: what takes long in the quick ones, unless -all, -pkg or -run)")
+	flag.StringVar(&o.skip, "skip", "", "tests to leave out, a regular expression as of go test (default: what takes long in the guest, unless -long, -pkg or -run)")
 	flag.BoolVar(&o.all, "all", false, "run every guest")
 	flag.BoolVar(&o.list, "list", false, "list the guests")
 	flag.BoolVar(&o.long, "long", false, "run tests without -test.short")
@@ -154,8 +154,8 @@ func testArgs(o options, g guest) []string {
 		args = append(args, "-test.run="+o.run)
 	}
 	skip := o.skip
-	if skip == "" && !o.all && o.run == "" && o.packages == "" {
-		skip = g.quickSkip
+	if skip == "" && !o.long && o.run == "" && o.packages == "" {
+		skip = g.skip
 	}
 	if skip != "" {
 		args = append(args, "-test.skip="+skip)
