@@ -179,8 +179,8 @@ func (d *Driver) openHome() (err error) {
 	if err != nil {
 		return err
 	}
-	d.known.maxHeld = descriptorsFor(heldDirsPart*heldFDs, maxHeldDirs)
-	d.kept.max = descriptorsFor(2*keptLayersPart, maxKeptLayers)
+	d.known.maxHeld = descriptorsFor(heldFDs, heldDirsPart, maxHeldDirs)
+	d.kept.max = descriptorsFor(keptFDs, keptLayersPart, maxKeptLayers)
 	if !d.facts.fineTimes {
 		d.known.settle = settleTime
 	}

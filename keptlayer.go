@@ -4,6 +4,8 @@ package overlay2
 
 import (
 	"errors"
+	"maps"
+	"slices"
 	"sync"
 
 	"github.com/bcc2decd/overlay2/archive"
@@ -13,9 +15,10 @@ import (
 
 const (
 	// maxKeptLayers and keptLayersPart bound the layers that a Driver keeps open after their Put: that many, and that
-	// part of the descriptors that the process may have. Each takes two.
+	// part of the descriptors that the process may have. Each takes keptFDs of them.
 	maxKeptLayers  = 128
 	keptLayersPart = 16
+	keptFDs        = 2
 	// maxGotLayers bounds the memory of IDs.
 	maxGotLayers = 1 << 12
 )
@@ -112,10 +115,7 @@ func (t *keptLayers) forget(id string) *keptLayer {
 func (t *keptLayers) takeAll() []*keptLayer {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	all := make([]*keptLayer, 0, len(t.m))
-	for _, k := range t.m {
-		all = append(all, k)
-	}
+	all := slices.Collect(maps.Values(t.m))
 	t.m, t.got = nil, nil
 	return all
 }
@@ -149,9 +149,6 @@ func (d *Driver) dropAllKept() {
 // beginKeeping begins to watch a layer that is about to be mounted, if it is to be kept, nil otherwise. What is known of the
 // layer has to be asked afterwards.
 func (d *Driver) beginKeeping(l *layer) *keptLayer {
-	if d.opts.MountMethod != MountAuto || d.kept.max == 0 || !d.known.watching() {
-		return nil
-	}
 	ok, evicted := d.kept.admit(l.id)
 	d.dropKept(evicted)
 	if !ok {
@@ -215,7 +212,7 @@ func (d *Driver) mountKept(k *keptLayer, state *layerState, opts MountOpts) (ok 
 	if !ok {
 		return false, nil
 	}
-	defer spec.chain.close()
+	defer d.known.releaseReady(spec.ready)
 	if err := sys.Flock(k.diff.fd, unix.LOCK_SH); err != nil {
 		return false, err
 	}
@@ -239,17 +236,17 @@ func (d *Driver) mountKept(k *keptLayer, state *layerState, opts MountOpts) (ok 
 
 // keptSpec is readySpec for a layer that is kept.
 func (d *Driver) keptSpec(k *keptLayer, label string) (spec mountSpec, ok bool) {
-	c := &chain{d: d, lfd: -1, links: []string{k.own}}
-	if c.ready = d.known.lookupKept(k.watch, k.lower); c.ready == nil {
+	ready := d.known.lookupKept(k.watch, k.lower)
+	if ready == nil {
 		return spec, false
 	}
-	spec = d.writableSpec(c, k.own)
-	spec.label = label
-	if k.ready != c.ready || k.label != label {
-		k.said, k.ready, k.label = spec.sayReady(), c.ready, label
+	spec = d.writableSpec(nil, k.own)
+	spec.label, spec.ready = label, ready
+	if k.ready != ready || k.label != label {
+		k.said, k.ready, k.label = spec.sayReady(), ready, label
 	}
 	if spec.said = k.said; spec.said == nil {
-		c.close()
+		d.known.releaseReady(ready)
 		return spec, false
 	}
 	return spec, true

@@ -55,13 +55,13 @@ type knownLinks struct {
 	readyKills uint64
 }
 
-// descriptorsFor returns which part of the descriptors that the process may have that is, at most most.
-func descriptorsFor(part, most uint64) int {
+// descriptorsFor returns how many times each descriptors are one part-th of those that the process may have, at most most.
+func descriptorsFor(each, part, most uint64) int {
 	var l unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
 		return 0
 	}
-	return int(min(l.Cur/part, most))
+	return int(min(l.Cur/part/each, most))
 }
 
 type knownLink struct {
@@ -251,13 +251,12 @@ func (d *Driver) resolve(links []string) ([]string, error) {
 // before the kernel follows it, while what that takes is at hand in the processor's caches.
 type chain struct {
 	d     *Driver
-	lfd   int          // l/, open, -1 if nothing is asked there
+	lfd   int          // l/, open
 	l     sys.DirState // of l/
 	gen   uint64       // see knownLinks.generation
 	links []string
 	known []knownLink
-	sure  []bool      // see knownLinks.lookup
-	ready *readyChain // if set, links is the first alone
+	sure  []bool // see knownLinks.lookup
 	// checked says that all have been, a moment ago, when one way to mount was looked at before another.
 	checked bool
 }
@@ -295,13 +294,10 @@ func (d *Driver) openChain(links []string) (*chain, error) {
 }
 
 func (c *chain) close() {
-	if c.lfd >= 0 {
-		_ = sys.Close(c.lfd) // opened for reading: nothing can be lost
-	}
+	_ = sys.Close(c.lfd) // opened for reading: nothing can be lost
 	for i := range c.known {
 		c.known[i].dir.unref()
 	}
-	c.d.known.releaseReady(c.ready)
 }
 
 // checkOwn checks the first link, which is that of l.

@@ -155,14 +155,11 @@ func (d *Driver) mountLayer(l *layer, state *layerState, opts MountOpts) (path s
 // mountAsBefore mounts a layer to be written whose lower layers are ready. It returns false if they are not, and nothing
 // is mounted then. What is kept of the layer, unless it is nil, is found out.
 func (d *Driver) mountAsBefore(l *layer, lower string, kept *keptLayer, opts MountOpts) (adopted, ready bool, err error) {
-	spec, ready, err := d.readySpec(l, lower, opts.Label)
+	spec, ready, err := d.readySpec(l, lower, opts.Label, kept)
 	if !ready || err != nil {
 		return false, false, err
 	}
-	defer spec.chain.close()
-	if kept != nil {
-		kept.own, kept.lower, kept.ident = spec.chain.links[0], lower, spec.chain.known[0].diff
-	}
+	defer d.known.releaseReady(spec.ready)
 	adopted, err = d.mountAtMerged(l, opts.IDMap, func() error { return d.mountOverlay(l, spec, opts.IDMap) })
 	if errors.Is(err, errNotReady) {
 		d.known.forgetReady()

@@ -52,7 +52,7 @@ func (f facts) checkMethod(method MountMethod) error {
 
 // mount mounts the overlay at target, a name relative to home.
 func (s mountSpec) mount(target string, method MountMethod, f facts) error {
-	if s.said != nil {
+	if s.ready != nil {
 		return s.mountReady(target)
 	}
 	if len(s.lowers) > maxLowers {

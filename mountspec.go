@@ -24,12 +24,13 @@ type mountSpec struct {
 	label   string
 	// lower is the content of the lower file, if the chain may be remembered as a readyChain.
 	lower string
-	// said, if set, is the whole option string, of a chain that is ready.
-	said sys.Name
+	// ready, if set, is how the lower layers were mounted before, and said the whole option string then.
+	ready *readyChain
+	said  sys.Name
 	// held, if set, are names for lowers that take no walk; see chain.held.
 	held []string
 	// chain are the layers, that of upper first if there is one; its first is checked. Nil if
-	// the names are no links.
+	// the names are no links, or if ready is set.
 	chain *chain
 }
 

@@ -119,11 +119,9 @@ func (k *knownLinks) unrefReady(r *readyChain) {
 }
 
 func (k *knownLinks) releaseReady(r *readyChain) {
-	if r != nil {
-		k.mu.Lock()
-		defer k.mu.Unlock()
-		k.unrefReady(r)
-	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.unrefReady(r)
 }
 
 // forgetReady forgets the chains that were mounted before.
@@ -134,8 +132,9 @@ func (k *knownLinks) forgetReady() {
 }
 
 // readySpec is mountSpec for a layer to be written whose lower file is known from an earlier mount. It returns false if it is not
-// surely the same now, or if it cannot be told so.
-func (d *Driver) readySpec(l *layer, lower, label string) (spec mountSpec, ok bool, err error) {
+// surely the same now, or if it cannot be told so. kept, unless it is nil, gets what was found out of the layer. The caller releases
+// what is ready.
+func (d *Driver) readySpec(l *layer, lower, label string, kept *keptLayer) (spec mountSpec, ok bool, err error) {
 	if d.opts.MountMethod != MountAuto || !d.known.mayBeReady(lower) {
 		return spec, false, nil
 	}
@@ -147,21 +146,27 @@ func (d *Driver) readySpec(l *layer, lower, label string) (spec mountSpec, ok bo
 	if err != nil {
 		return spec, false, err
 	}
-	defer func() {
-		if !ok || err != nil {
-			c.close()
-		}
-	}()
+	defer c.close()
 	c.known = make([]knownLink, 1)
 	c.sure = make([]bool, 1)
-	if c.ready, c.known[0] = d.known.lookupReady(own, lower, c.l); c.ready == nil {
+	ready, known := d.known.lookupReady(own, lower, c.l)
+	if ready == nil {
 		return spec, false, nil
 	}
+	defer func() {
+		if !ok || err != nil {
+			d.known.releaseReady(ready)
+		}
+	}()
+	c.known[0] = known
 	if err := c.checkOwn(l); err != nil {
 		return spec, false, err
 	}
-	spec = d.writableSpec(c, own)
-	spec.label = label
+	if kept != nil {
+		kept.own, kept.lower, kept.ident = own, lower, c.known[0].diff
+	}
+	spec = d.writableSpec(nil, own)
+	spec.label, spec.ready = label, ready
 	if spec.said = spec.sayReady(); spec.said == nil {
 		return spec, false, nil
 	}
@@ -170,7 +175,7 @@ func (d *Driver) readySpec(l *layer, lower, label string) (spec mountSpec, ok bo
 
 // sayReady returns the whole option string for a chain that is ready, nil if it is too long.
 func (s mountSpec) sayReady() sys.Name {
-	data := s.withRest("lowerdir="+s.chain.ready.lowerdir, s.home+"/")
+	data := s.withRest("lowerdir="+s.ready.lowerdir, s.home+"/")
 	if len(data) > sys.MaxMountData() {
 		return nil
 	}
@@ -182,7 +187,7 @@ var errNotReady = errors.New("the layers below are not as they were")
 
 // mountReady mounts a chain that is ready at target, a name relative to home.
 func (s mountSpec) mountReady(target string) (err error) {
-	if dir := s.chain.ready.dir; dir == "" {
+	if dir := s.ready.dir; dir == "" {
 		err = sys.MountOverlayNamed(s.home+"/"+target, s.said)
 	} else {
 		err = sys.MountOverlayFrom(dir, s.home+"/"+target, s.said.String(), 0)

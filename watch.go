@@ -42,6 +42,11 @@ const watchSize = 16 << 10
 // untold are names in a layer's directory that say nothing of what its link leads to.
 var untold = map[string]bool{mergedName: true, committedName: true, childrenName: true, listedName: true}
 
+// tells reports whether a change of name in the directory matters. One that is committed is not to be written any more.
+func (one *watch) tells(name string) bool {
+	return !untold[name] || name == committedName && one != nil && one.own
+}
+
 // start begins to watch l/.
 func (w *watches) start(lfd int, l sys.DirState) bool {
 	if w.on && w.l.SameDir(l) {
@@ -66,6 +71,16 @@ func (w *watches) start(lfd int, l sys.DirState) bool {
 		w.buf = make([]byte, watchSize)
 	}
 	return true
+}
+
+// add watches a directory, which is open, if there are watches left.
+func (w *watches) add(dirfd int) (wd int, ok bool) {
+	if w.full {
+		return 0, false
+	}
+	wd, err := sys.Watch(w.fd, dirfd)
+	w.full = err != nil
+	return wd, err == nil
 }
 
 // stop ends all watches.
@@ -114,12 +129,8 @@ func (k *knownLinks) readWatches() {
 		case wd == w.lwd:
 			lost = lost || mask&sys.WatchLost != 0
 			w.kill(k.m[name].watch)
-		case mask&sys.WatchLost != 0 || !untold[name]:
+		case mask&sys.WatchLost != 0 || w.byWD[wd].tells(name):
 			w.kill(w.byWD[wd])
-		case name == committedName:
-			if one := w.byWD[wd]; one != nil && one.own {
-				w.kill(one)
-			}
 		}
 	})
 	if lost || err != nil {
@@ -153,9 +164,8 @@ func (k *knownLinks) beginWatch(c *chain, i int, one *watch) bool {
 	if k.watches.full || !k.watches.start(c.lfd, c.l) {
 		return false
 	}
-	wd, err := sys.Watch(k.watches.fd, c.known[i].dir.fd)
-	if err != nil {
-		k.watches.full = true
+	wd, ok := k.watches.add(c.known[i].dir.fd)
+	if !ok {
 		return false
 	}
 	one.wd = wd
@@ -166,25 +176,17 @@ func (k *knownLinks) beginWatch(c *chain, i int, one *watch) bool {
 	return true
 }
 
-// watching reports whether any link is watched.
-func (k *knownLinks) watching() bool {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return k.watches.on
-}
-
 // watchOwn begins to watch the directory of a layer that is to be kept, which is open. It returns nil if it cannot be watched,
 // or is so as one below another layer.
 func (k *knownLinks) watchOwn(fd int) *watch {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	w := &k.watches
-	if !w.on || w.full {
+	if !w.on {
 		return nil
 	}
-	wd, err := sys.Watch(w.fd, fd)
-	if err != nil {
-		w.full = true
+	wd, ok := w.add(fd)
+	if !ok {
 		return nil
 	}
 	if old := w.byWD[wd]; old != nil && !old.dead {
