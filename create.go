@@ -17,7 +17,8 @@ import (
 // layer if parent is "". Storage options are an error; they are for CreateReadWrite.
 //
 // The layer appears whole or, on an error, not at all. From then on the parent is
-// committed: it is given out read-only.
+// committed: each later Get of it is read-only. A mount of it for writing that is there stays so. Put it
+// first: what is written beneath a child that is mounted the child may show or not.
 func (d *Driver) Create(id, parent string, opts *CreateOpts) error {
 	if opts != nil && len(opts.StorageOpt) > 0 {
 		return layerErr("create", id, fmt.Errorf("%w: storage options are for read-write layers only", ErrInvalidOption))

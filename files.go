@@ -20,7 +20,8 @@ type Files struct {
 }
 
 // Files opens the layer for reading single files without a mount: what tar-split needs to put the very tar together
-// again from which the layer was made. It may be used by several goroutines. Close it.
+// again from which the layer was made. It may be used by several goroutines. Close it. Where upper directories
+// do not tell all that has changed (before Linux 4.8, see Status) it is ErrNotSupported.
 func (d *Driver) Files(id string) (*Files, error) {
 	f, err := d.files(id)
 	if err != nil {

@@ -141,7 +141,7 @@ func (h *homeState) note(path string, err error) {
 
 // readEntry reads one entry of the home. If locked, a layer is read under its lock, if that can be had.
 func (h *homeState) readEntry(name string, locked bool) {
-	if name == linkDir || name == stagingDir || name == "backingFsBlockDev" { // Docker's device node for quotas
+	if name == linkDir || name == stagingDir || name == deviceName {
 		return
 	}
 	delete(h.odd, name)

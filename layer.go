@@ -24,6 +24,8 @@ const (
 	lowerName      = "lower"
 	committedName  = "committed"
 	incompleteName = "incomplete"
+	// deviceName is Docker's device node for quotas, in the home.
+	deviceName = "backingFsBlockDev"
 )
 
 const (
@@ -50,7 +52,7 @@ func checkID(id string) error {
 		return fmt.Errorf("%w: %d bytes, more than %d", ErrInvalidID, len(id), maxIDLen)
 	}
 	switch id {
-	case linkDir, stagingDir, diffName, workName, mergedName, linkName, lowerName, committedName, incompleteName, digestsName:
+	case linkDir, stagingDir, diffName, workName, mergedName, linkName, lowerName, committedName, incompleteName, digestsName, deviceName:
 		return fmt.Errorf("%w: a name of the driver's own", ErrInvalidID)
 	}
 	return nil
@@ -129,7 +131,7 @@ func openLayer(home, id string) (*layer, error) {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil, ErrLayerNotFound
 	case err == unix.ENOTDIR || err == unix.ELOOP:
-		return nil, corrupt("not a directory: %w", err)
+		return nil, corrupt("%w", unix.ENOTDIR) // of a symlink the kernel says ELOOP
 	case err != nil:
 		return nil, err
 	}

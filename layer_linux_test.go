@@ -16,7 +16,7 @@ func sizeName(n int) string { return strconv.Itoa(n) }
 
 // badIDs are refused by every call.
 var badIDs = []string{"", ".", "..", "/", "a/b", "../evil", "/etc", "a\x00b", "l", "staging", "diff", "work", "merged",
-	"link", "lower", "committed", "incomplete", "digests", strings.Repeat("x", 256)}
+	"link", "lower", "committed", "incomplete", "digests", "backingFsBlockDev", strings.Repeat("x", 256)}
 
 func TestCheckID(t *testing.T) {
 	for _, id := range badIDs {

@@ -26,7 +26,7 @@ type Mount struct {
 }
 
 // Mount returns a new view of the layer's tree, its ancestors included. Any layer can be
-// viewed, many times at once, but one that is mounted for writing: ErrLayerInUse. What is written
+// viewed, many times at once, but one with a parent that is mounted for writing: ErrLayerInUse. What is written
 // to a layer while a view of it is open the view may show or not.
 //
 // It needs Linux 5.2, for a layer without a parent 5.12; before them it is ErrNotSupported. On

@@ -16,10 +16,11 @@ import (
 type MountMethod uint8
 
 const (
-	// MountAuto takes the quickest way that can mount the layer at hand: mount(2) with names where they
-	// fit into a page, so that /proc/self/mountinfo shows them; beyond that mount(2) with directories that
-	// the Driver holds open (some 160 fit, shown as /proc/self/fd/N/diff), then MountNewAPI or, on a
-	// kernel without it, MountDescriptors.
+	// MountAuto takes the quickest way that can mount the layer at hand: mount(2) with absolute names where they
+	// fit into a page (some 75 layers), so that /proc/self/mountinfo shows them; beyond that mount(2) with directories
+	// that the Driver holds open, shown as /proc/self/fd/N (about 200 fit) or as N. Where these are not held, as at the
+	// first Get of a chain: mount(2) with names relative to the home while those fit, then MountNewAPI or, on a kernel
+	// without it, MountDescriptors.
 	MountAuto MountMethod = iota
 	// MountLegacy takes mount(2) with names: 128 layers with pages of 4 KiB, as Docker.
 	MountLegacy
@@ -56,9 +57,10 @@ func (m MountMethod) String() string {
 
 // Options say how a Driver works. The zero value is a good default.
 type Options struct {
-	// Size is the default limit of a read-write layer in bytes, 0 for none.
+	// Size is the default limit of a read-write layer in bytes, 0 for none. Where there are no project quotas New is
+	// ErrNotSupported with it.
 	Size uint64
-	// Inodes is the default limit of a read-write layer's files, 0 for none.
+	// Inodes is the default limit of a read-write layer's files, 0 for none. It needs project quotas, as Size.
 	Inodes uint64
 	// IDMap translates the owners in diffs to owners on disk.
 	IDMap archive.IDMap

@@ -145,12 +145,12 @@ func (t *tarReader) next(e *tarEntry) error {
 func (t *tarReader) header() (*tarHeader, error) {
 	b, err := t.src.block()
 	if err != nil {
-		return nil, t.cutUnlessEOF(err)
+		return nil, t.cutHeader(err)
 	}
 	if isZero(b) {
 		b, err = t.src.block()
 		if err != nil {
-			return nil, t.cutUnlessEOF(err)
+			return nil, t.cutHeader(err)
 		}
 		if isZero(b) {
 			if err := t.src.drain(); err != nil {
@@ -162,7 +162,11 @@ func (t *tarReader) header() (*tarHeader, error) {
 	}
 	h := (*tarHeader)(b)
 	if !h.checksumOK() {
-		return nil, malformed("no header at byte %d: wrong checksum", t.src.used()-blockSize)
+		at := t.src.used() - blockSize
+		if name := compression(b); at == 0 && name != "" {
+			return nil, compressed(name)
+		}
+		return nil, malformed("no header at byte %d: wrong checksum", at)
 	}
 	return h, nil
 }
@@ -175,11 +179,35 @@ func (t *tarReader) cut(err error) error {
 	return err
 }
 
-func (t *tarReader) cutUnlessEOF(err error) error {
-	if err == io.EOF {
+// cutHeader turns the end of the stream within a header into ErrFormat; before one it is io.EOF.
+func (t *tarReader) cutHeader(err error) error {
+	if !errors.Is(err, io.ErrUnexpectedEOF) {
 		return err
 	}
-	return t.cut(err)
+	at := t.src.used()
+	if name := compression(t.src.rest()); at == 0 && name != "" {
+		return compressed(name)
+	}
+	return malformed("cut off in the header at byte %d: %w", at, err)
+}
+
+// compression returns the name of a format that layers are compressed with if b begins as one does, or "".
+func compression(b []byte) string {
+	for _, c := range []struct{ name, magic string }{
+		{"gzip", "\x1f\x8b"},
+		{"zstd", "\x28\xb5\x2f\xfd"},
+		{"xz", "\xfd7zXZ\x00"},
+		{"bzip2", "BZh"},
+	} {
+		if strings.HasPrefix(string(b), c.magic) {
+			return c.name
+		}
+	}
+	return ""
+}
+
+func compressed(name string) error {
+	return malformed("no header at byte 0: compressed with %s, decompress it first", name)
 }
 
 // readMeta reads the body of an extended header into buf, or a larger one.

@@ -113,6 +113,14 @@ func (s *stream) block() ([]byte, error) {
 	return b, nil
 }
 
+// rest returns what was read and not yet taken, valid until the next call.
+func (s *stream) rest() []byte {
+	if s.cur == nil {
+		return nil
+	}
+	return s.cur.buf[s.pos:s.end]
+}
+
 // some returns between one and limit of the next bytes, as many as the chunk has room
 // for. They lie in s.cur. The end of the stream is io.ErrUnexpectedEOF.
 func (s *stream) some(limit int64) ([]byte, error) {

@@ -192,6 +192,29 @@ func TestUnpackTruncated(t *testing.T) {
 	}
 }
 
+// TestUnpackCompressed: who forgets to decompress is told so, however short the stream is; what only looks so is a tar.
+func TestUnpackCompressed(t *testing.T) {
+	overlaytest.Require(t, "root")
+	for name, magic := range map[string]string{"gzip": "\x1f\x8b\x08", "zstd": "\x28\xb5\x2f\xfd", "xz": "\xfd7zXZ\x00", "bzip2": "BZh9"} {
+		for _, size := range []int{len(magic), 100, blockSize, 3 * blockSize} {
+			stream := make([]byte, size)
+			copy(stream, magic)
+			_, err := Unpack(context.Background(), t.TempDir(), bytes.NewReader(stream), UnpackOptions{})
+			if !errors.Is(err, ErrFormat) || !strings.Contains(err.Error(), "compressed with "+name) {
+				t.Errorf("%s, %d bytes: %v", name, size, err)
+			}
+		}
+	}
+	_, err := Unpack(context.Background(), t.TempDir(), strings.NewReader("BZ"), UnpackOptions{})
+	if !errors.Is(err, ErrFormat) || !errors.Is(err, io.ErrUnexpectedEOF) || !strings.Contains(err.Error(), "in the header at byte 0") {
+		t.Errorf("two bytes: %v", err)
+	}
+	stream := mustTar(t, "file BZh9 \"x\"")
+	if _, err := Unpack(context.Background(), t.TempDir(), bytes.NewReader(stream), UnpackOptions{}); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestUnpackReaderMisbehaves(t *testing.T) {
 	overlaytest.Require(t, "root")
 	overlaytest.NoLeaks(t)
