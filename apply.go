@@ -55,6 +55,9 @@ func (d *Driver) applyDiff(id, parent string, diff io.Reader) (_ int64, err erro
 	if err != nil {
 		return 0, err
 	}
+	if err := d.checkUses(l, state); err != nil {
+		return 0, err
+	}
 	mounted, err := d.beginApply(l, state, false)
 	if err != nil {
 		return 0, err
@@ -298,11 +301,12 @@ func (d *Driver) applyMerged(l *layer, state *layerState, diff io.Reader) (stats
 	if err != nil {
 		return stats, err
 	}
-	if adopted {
+	if adopted && state.mounts == 0 {
 		if state.use, err = l.joinUse(); err != nil {
 			return stats, err
 		}
 		state.mounts++
+		state.plain = false
 	} else if state.mounts == 0 {
 		defer func() { err = errors.Join(err, d.unmountMerged(l)) }()
 	}

@@ -46,7 +46,7 @@ func (d *Driver) create(id, parent string, limit limits, kind string) (err error
 	if parent == id {
 		return fmt.Errorf("%w: a layer cannot be its own parent", ErrInvalidID)
 	}
-	_, unlock := d.layers.lockChild(id, parent)
+	state, unlock := d.layers.lockChild(id, parent)
 	defer unlock()
 	s, err := d.openStaging()
 	if err != nil {
@@ -54,6 +54,9 @@ func (d *Driver) create(id, parent string, limit limits, kind string) (err error
 	}
 	defer s.close()
 	if err := s.checkFree(id); err != nil {
+		return err
+	}
+	if err := d.endUses(state); err != nil { // of one that others have removed
 		return err
 	}
 	n := newLayer{d: d, s: s, id: id, limit: limit, entry: kind, readWrite: kind == readWritePrefix}
@@ -353,17 +356,24 @@ func (d *Driver) remove(id string) error {
 	l, err := openLayer(d.home, id)
 	if errors.Is(err, ErrLayerNotFound) {
 		d.dropKept(d.kept.forget(id))
+		if err := d.endUses(state); !errors.Is(err, ErrLayerInUse) { // what is out of sight was not to be removed
+			return err
+		}
 		return nil
 	}
 	if err != nil {
 		return err
 	}
 	defer l.close()
+	if err := d.checkUses(l, state); err != nil {
+		return err
+	}
 	if state.mounts > 0 {
 		return fmt.Errorf("%w: mounted", ErrLayerInUse)
 	}
 	// Another process that is making a child holds the lock shared, for moments.
 	if err := l.lockHere(); errors.Is(err, ErrLayerNotFound) {
+		d.dropKept(d.kept.forget(id))
 		return nil // another process was quicker
 	} else if err != nil {
 		return err
@@ -427,10 +437,16 @@ func (d *Driver) removeUnused(l *layer, s *staging, links []string) error {
 
 // retryBusy calls f again, for half a second at most, while something is briefly busy:
 // an unmount in another mount namespace that has not ended yet.
-func retryBusy(f func() error) error {
+func retryBusy(f func() error) error { return retryWhile(unix.EBUSY, 256*time.Millisecond, f) }
+
+// forkWait is the longest wait for a child of this process, between fork and exec, to close what it has copies of.
+const forkWait = 32 * time.Millisecond
+
+// retryWhile calls f again while it returns this error, after waits that double up to the longest.
+func retryWhile(again error, longest time.Duration, f func() error) error {
 	for wait := time.Millisecond; ; wait *= 2 {
 		err := f()
-		if !errors.Is(err, unix.EBUSY) || wait > 256*time.Millisecond {
+		if !errors.Is(err, again) || wait > longest {
 			return err
 		}
 		time.Sleep(wait)

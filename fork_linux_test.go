@@ -3,7 +3,10 @@ package overlay2
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -56,4 +59,44 @@ func TestForkSameTick(t *testing.T) {
 		}
 		t.Logf("%d of 25 looked untouched", alike)
 	})
+}
+
+// startPrograms starts programs all the time, until stop: between fork and exec they have copies of all descriptors.
+func startPrograms() (stop func()) {
+	var ended atomic.Bool
+	var all sync.WaitGroup
+	for range 2 {
+		all.Go(func() {
+			for !ended.Load() {
+				_ = exec.Command("/bin/true").Run() // whether it runs is not what matters
+			}
+		})
+	}
+	return func() {
+		ended.Store(true)
+		all.Wait()
+	}
+}
+
+// TestForkRebase: a layer that nobody uses is not taken for one in use while the process starts programs.
+func TestForkRebase(t *testing.T) {
+	d := keptHome(t)
+	must(t, d.CreateReadWrite("box", "layer2", nil))
+	defer startPrograms()()
+	for i := range 200 {
+		getPut(t, d, "box", 1)
+		must(t, d.Rebase("box", []string{"layer1", "layer2"}[i%2]))
+	}
+}
+
+// TestForkHomeBind: nor is the home taken for one that another Driver uses.
+func TestForkHomeBind(t *testing.T) {
+	home := sharedDir(t) + "/home"
+	defer startPrograms()()
+	for range 40 {
+		d, err := New(home, quietOptions(DurabilityOff))
+		must(t, err)
+		must(t, d.Cleanup())
+		wantBound(t, home, 0)
+	}
 }

@@ -5,13 +5,15 @@ package overlay2
 import (
 	"errors"
 	"fmt"
-	"path/filepath"
+	"io/fs"
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/bcc2decd/overlay2/internal/sys"
 	"github.com/moby/sys/mount"
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -31,25 +33,29 @@ type homeBind struct {
 	fd int // on it, while the Driver has not been cleaned up
 }
 
+// bindTries bounds how often New mounts the home while Cleanups of other Drivers unmount it.
+const bindTries = 100
+
 // makePrivate sees to it that the home lies on a mount that does not propagate.
 func (d *Driver) makePrivate() error {
-	fd, id, shared, err := d.mountOfHome()
-	if err != nil {
-		return err
-	}
-	if shared {
-		if err := errors.Join(sys.Close(fd), d.bindHome()); err != nil {
+	for range bindTries {
+		fd, id, shared, err := d.mountOfHome()
+		if err != nil {
 			return err
 		}
-		if fd, id, _, err = d.mountOfHome(); err != nil {
+		if !shared && id != 0 {
+			d.bind.fd, d.bind.id = fd, id
+			return nil
+		}
+		if err := sys.Close(fd); err != nil || !shared {
 			return err
 		}
+		if bound, err := d.bindHome(); err != nil || !bound {
+			return err
+		}
+		// The Cleanup of another Driver may unmount it before it is held.
 	}
-	if id == 0 {
-		return sys.Close(fd)
-	}
-	d.bind.fd, d.bind.id = fd, id
-	return nil
+	return fmt.Errorf("mount of %s on itself: %w", d.home, unix.EBUSY)
 }
 
 // mountOfHome opens the home and looks at the mount that it got. The ID is 0 unless it is one of ours.
@@ -95,48 +101,61 @@ func (d *Driver) lookAtMount(fd int) (id int, shared bool, err error) {
 func boundRecord(id int) string { return stagingDir + "/" + boundPrefix + strconv.Itoa(id) }
 
 // bindHome mounts the home on itself and makes that mount private. If something is mounted at the home already,
-// that is made private.
-func (d *Driver) bindHome() (err error) {
+// that is made private. bound is false if neither can be.
+func (d *Driver) bindHome() (bound bool, err error) {
 	// Locked, so that it is mounted once, and not over what others are just trying.
 	s, err := d.openStaging()
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer s.close()
 	if err := sys.Flock(s.fd, unix.LOCK_EX); err != nil {
-		return err
+		return false, err
 	}
 	now, _, shared, err := d.mountOfHome()
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer func() { err = errors.Join(err, sys.Close(now)) }()
 	if !shared {
-		return nil
+		return true, nil
 	}
 	own, err := sys.MountID(now)
 	if err != nil {
-		return err
+		return false, err
 	}
 	m, _, err := sys.FindMount(own)
 	if err != nil {
-		return err
+		return false, err
 	}
 	if m.Path == d.home {
-		return mount.MakePrivate(d.home)
+		return true, d.unshareHome()
+	}
+	// It would cover what layers are mounted at, while these are in use: a later New does it.
+	if used, err := sys.MountedBelow(d.home); err != nil || used {
+		return false, err
 	}
 	if err := d.dropBound(now); err != nil {
-		return err
+		return false, err
 	}
 	// The record first: a process that is killed in between leaves a name that says nothing.
 	err = sys.BindSelf(now, d.home, func(id int) error { return d.recordBound(now, id) })
 	if errors.Is(err, unix.ENOSYS) { // open_tree: 5.2, commit a07b20004793
-		return d.bindPlainly()
+		return true, d.bindPlainly()
 	}
 	if err != nil {
-		return err
+		return false, err
 	}
-	return mount.MakePrivate(d.home)
+	return true, d.unshareHome()
+}
+
+// unshareHome makes the mount at the home private, if there is still one.
+func (d *Driver) unshareHome() error {
+	err := unix.Mount("", d.home, "", unix.MS_PRIVATE, "")
+	if err == unix.EINVAL {
+		return nil // the Cleanup of another Driver has unmounted it
+	}
+	return err
 }
 
 // bindPlainly is for kernels where a mount is there before anybody knows its ID.
@@ -170,6 +189,26 @@ func (d *Driver) recordBound(homefd, id int) error {
 	return nil
 }
 
+// unrecordBound removes the record of a mount that is gone, unless it is of another one by now: IDs are used again.
+func (d *Driver) unrecordBound(id int) (err error) {
+	s, err := d.openStaging()
+	if err != nil {
+		return ignoreAbsent(err)
+	}
+	defer s.close()
+	if err := sys.Flock(s.fd, unix.LOCK_EX); err != nil { // see bindHome
+		return err
+	}
+	fd, now, _, err := d.mountOfHome()
+	if err != nil {
+		return err
+	}
+	if now != id {
+		err = ignoreAbsent(sys.Unlinkat(fd, boundRecord(id), 0))
+	}
+	return errors.Join(err, sys.Close(fd))
+}
+
 // dropBound removes the records of mounts that ended with the machine.
 func (d *Driver) dropBound(homefd int) error {
 	instance, err := sys.FSInstance(homefd)
@@ -195,6 +234,27 @@ func (d *Driver) dropBound(homefd int) error {
 	return errors.Join(err, sys.Close(fd))
 }
 
+// unmountBound unmounts what is mounted at the home if it is the mount with this ID. It is EBUSY while somebody uses it.
+// done is false if it was not there any more.
+func (d *Driver) unmountBound(bound int) (done bool, err error) {
+	for {
+		fd, id, _, err := d.mountOfHome()
+		if err != nil {
+			return false, err
+		}
+		if err := sys.Close(fd); err != nil || id != bound {
+			return false, err
+		}
+		if err = unix.Unmount(d.home, unix.UMOUNT_NOFOLLOW); err != unix.EINVAL {
+			return err == nil, err
+		}
+		if is, err := mountinfo.Mounted(d.home); err != nil || is {
+			return false, errors.Join(unix.EINVAL, err)
+		}
+		// Another Driver was quicker.
+	}
+}
+
 // unbindHome undoes what makePrivate did, unless layers are mounted or another Driver, of any process, uses the home.
 func (d *Driver) unbindHome() error {
 	b := &d.bind
@@ -209,26 +269,29 @@ func (d *Driver) unbindHome() error {
 		}
 		b.fd = -1
 	}
-	fd, id, _, err := d.mountOfHome()
-	if err != nil {
-		return ignoreAbsent(err) // a home that is gone
+	var wait time.Duration
+	if len(d.layers.ids()) == 0 {
+		wait = forkWait // a child of this process, between fork and exec, may have a copy of a descriptor
 	}
-	if err := sys.Close(fd); err != nil {
+	var done bool
+	err := retryWhile(unix.EBUSY, wait, func() (err error) {
+		done, err = d.unmountBound(b.id)
 		return err
-	}
-	if id == b.id {
-		err = unix.Unmount(d.home, unix.UMOUNT_NOFOLLOW)
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // a home that is gone
 	}
 	switch err {
 	case nil:
-		b.id = 0
 	case unix.EBUSY:
 		return nil
 	default:
 		return fmt.Errorf("cleanup %s: unmount: %w", d.home, err)
 	}
-	if id == 0 {
+	id := b.id
+	b.id = 0
+	if !done {
 		return nil // somebody else has unmounted it
 	}
-	return ignoreAbsent(unix.Unlink(filepath.Join(d.home, boundRecord(id))))
+	return d.unrecordBound(id)
 }

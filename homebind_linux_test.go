@@ -1,6 +1,7 @@
 package overlay2
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -251,4 +252,43 @@ func homeMounts(home string) (all []string) {
 		all = append(all, err.Error())
 	}
 	return all
+}
+
+// TestHomeBindInUse: New covers no mount that is in use, where the mount of the home has begun to propagate since.
+func TestHomeBindInUse(t *testing.T) {
+	dir := sharedDir(t)
+	must(t, unix.Mount("", dir, "", unix.MS_PRIVATE, ""))
+	home := dir + "/home"
+	d, err := New(home, quietOptions(DurabilityOff))
+	must(t, err)
+	deepChain(t, d, 3)
+	must(t, d.CreateReadWrite("box", "layer2", nil))
+	path, err := d.Get("box", "")
+	must(t, err)
+	must(t, unix.Mount("", dir, "", unix.MS_SHARED, ""))
+	other, err := New(home, quietOptions(DurabilityOff))
+	must(t, err)
+	wantChain(t, path, 3)
+	wantBound(t, home, 0)
+	must(t, d.Put("box"))
+	if n := mountsAt(t, path); n != 0 {
+		t.Errorf("%d mounts after Put", n)
+	}
+	later, err := New(home, quietOptions(DurabilityOff))
+	must(t, err)
+	wantBound(t, home, 1)
+	for range 4 { // beneath the mount that lies over the one that d knows
+		path, err = d.Get("box", "")
+		must(t, err)
+		wantChain(t, path, 3)
+		if n := mountsAt(t, path); n != 1 {
+			t.Errorf("%d mounts after Get", n)
+		}
+		must(t, d.Put("box"))
+		if n := mountsAt(t, path); n != 0 {
+			t.Errorf("%d mounts after Put", n)
+		}
+	}
+	must(t, errors.Join(other.Cleanup(), d.Cleanup(), later.Cleanup()))
+	wantBound(t, home, 0)
 }

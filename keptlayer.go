@@ -178,7 +178,7 @@ func (d *Driver) keep(k *keptLayer, l *layer, u *use) bool {
 // getKept is get for a layer that is kept. It returns false if it is not, or not surely as it was: nothing
 // has been done then.
 func (d *Driver) getKept(id string, state *layerState, opts MountOpts) (path string, ok bool, err error) {
-	if state.mounts > 0 || state.use != nil {
+	if state.mounts > 0 {
 		return "", false, nil
 	}
 	k := d.kept.take(id)
@@ -194,7 +194,7 @@ func (d *Driver) getKept(id string, state *layerState, opts MountOpts) (path str
 		return "", ok, err
 	}
 	k.l.close()
-	state.use, state.kept = k.diff, k
+	state.use, state.kept, state.plain = k.diff, k, false
 	state.owners = archive.IDMap{}
 	return k.l.path(mergedName), true, nil
 }
@@ -272,7 +272,7 @@ func (d *Driver) putKept(state *layerState) (ok bool, err error) {
 		return true, err
 	}
 	state.kept = nil
-	if k.l.kept && k.diff.kept {
+	if err == nil && k.l.kept && k.diff.kept {
 		d.kept.give(k)
 	} else {
 		d.dropKept(k)

@@ -143,7 +143,7 @@ func (k *knownLinks) surely(lfd int, id string, links []string) (here, base bool
 	if !watching {
 		return false, false
 	}
-	l, err := sys.StateFd(lfd)
+	l, err := sys.StateMounted(lfd)
 	if err != nil {
 		return false, false
 	}
@@ -186,6 +186,7 @@ func (k *knownLinks) forgetAll() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.clear()
+	k.watches.off = false
 }
 
 // drop removes an entry. mu is held.
@@ -269,7 +270,8 @@ func (d *Driver) openLinks(links []string) (*chain, error) {
 	}
 	c := &chain{d: d, lfd: lfd, links: links}
 	now := time.Now()
-	if c.l, err = sys.StateFd(lfd); err != nil {
+	// Of the very mount: what is held open of another one, which was detached since, can be no layer of a new mount.
+	if c.l, err = sys.StateMounted(lfd); err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", linkDir, err), sys.Close(lfd))
 	}
 	c.gen = d.known.generation(c.l, now)

@@ -6,6 +6,7 @@ import (
 	"sync"
 
 	"github.com/bcc2decd/overlay2/archive"
+	"github.com/bcc2decd/overlay2/internal/sys"
 )
 
 // layerState is what a Driver knows of one layer beyond the disk. It exists while
@@ -20,8 +21,12 @@ type layerState struct {
 	mounts int
 	// owners is the id map of the mount while mounts is more than 0. Protected by mu.
 	owners archive.IDMap
-	// use is held while mounts is more than 0. Protected by mu.
+	// plain says that the uses are of diff itself, where nothing is mounted; otherwise they are of merged. Protected by mu.
+	plain bool
+	// use is held while mounts is more than 0, unless the Driver was cleaned up meanwhile. Protected by mu.
 	use *use
+	// handed is the diff of the use that was given up then. Protected by mu.
+	handed sys.Ident
 	// kept is set while mounts is more than 0 if use is one of a layer that is kept. Protected by mu.
 	kept *keptLayer
 }

@@ -50,6 +50,9 @@ func (d *Driver) getWith(id string, opts MountOpts) (string, error) {
 	if err := l.checkWhole(); err != nil {
 		return "", err
 	}
+	if err := d.checkUses(l, state); err != nil {
+		return "", err
+	}
 	joined := state.use == nil
 	if joined {
 		if err := d.joinLayer(l, state); err != nil {
@@ -71,10 +74,11 @@ func (d *Driver) getWith(id string, opts MountOpts) (string, error) {
 		}
 		return "", err
 	}
-	if adopted && joined {
+	if adopted && joined && state.mounts == 0 {
 		state.mounts++
 	}
 	state.mounts++
+	state.plain = path == l.path(diffName)
 	return path, nil
 }
 
@@ -101,11 +105,16 @@ func (d *Driver) mountLayer(l *layer, state *layerState, opts MountOpts) (path s
 		if err := state.checkOwners(opts.IDMap); err != nil {
 			return "", false, err
 		}
-		mounted, err := l.has(mergedName)
-		if err != nil || mounted {
+		if state.plain {
+			return l.path(diffName), false, nil
+		}
+		if mounted, err := l.mounted(); err != nil || mounted {
 			return l.path(mergedName), false, err
 		}
-		return l.path(diffName), false, nil
+		// Somebody else has unmounted it. The uses that are counted go on with a new mount.
+		if err := sys.Flock(l.fd, unix.LOCK_EX); err != nil {
+			return "", false, err
+		}
 	}
 	state.owners = opts.IDMap
 	lower, err := l.readLower()
@@ -222,7 +231,7 @@ func (d *Driver) writableSpec(c *chain, own string) mountSpec {
 }
 
 // makeMerged makes the mount point. If it is there and something is mounted on it,
-// a process that is no more has left it: mounted is true.
+// a process that is no more has left it, or another one that lives: mounted is true.
 func (d *Driver) makeMerged(l *layer) (mounted bool, err error) {
 	// Whatever the umask makes of the mode: the mount covers it.
 	switch err := sys.MkdiratMasked(l.fd, mergedName, 0o700); {
@@ -307,15 +316,15 @@ func (d *Driver) put(id string) error {
 	if ok, err := d.putKept(state); ok {
 		return err
 	}
-	l, err := openLayer(d.home, id)
-	if err != nil {
-		return err
-	}
-	defer l.close()
 	if state.mounts > 1 {
 		state.mounts--
 		return nil
 	}
+	l, err := d.openUsed(id, state)
+	if err != nil {
+		return err
+	}
+	defer l.close()
 	if state.mounts == 0 {
 		if err := d.checkMounted(l); err != nil {
 			return err
@@ -345,22 +354,42 @@ func (d *Driver) checkMounted(l *layer) error {
 	return d.adoptVolatile(l)
 }
 
+// openUsed opens the layer whose last use is to end: the very one that was got, whatever has its name now.
+func (d *Driver) openUsed(id string, state *layerState) (*layer, error) {
+	if state.use != nil {
+		fd, err := sys.OpenDirat(state.use.fd, "..")
+		if err != nil {
+			return nil, err
+		}
+		return &layer{home: d.home, id: id, fd: fd}, nil
+	}
+	l, err := openLayer(d.home, id)
+	if err == nil {
+		err = d.checkUses(l, state)
+	}
+	return l, err
+}
+
 // unmountMerged detaches the mount at the layer's merged, if there is one, and removes
 // the directory, which also detaches it in other mount namespaces (3.18, commit 8ed936b5671b).
+// If the layer is not there any more it is ErrLayerNotFound: nothing is mounted then.
 func (d *Driver) unmountMerged(l *layer) error {
-	path := l.path(mergedName)
-	switch err := sys.Unmount(path); {
-	case err == nil:
-	case !isGone(err):
-		return err
-	case l.kept: // it was opened a while ago
+	// By the directory that is open: another layer may have its name, or another home lie over this one.
+	err := sys.Unmount(sys.ProcPath(l.fd) + "/" + mergedName)
+	if isGone(err) {
+		// Nor is there a mount at the path, unless another mount of this home lies over the one that the directory
+		// was opened on, or there is no /proc.
 		if err := l.checkHere(); err != nil {
 			return err
 		}
+		err = unmountGone(l.path(mergedName))
+	}
+	if err != nil {
+		return err
 	}
 	// Not a reason to keep the layer counted: the mount is gone. Get takes the directory as it is.
 	if err := sys.Unlinkat(l.fd, mergedName, unix.AT_REMOVEDIR); err != nil && err != unix.ENOENT {
-		d.log.WithError(err).WithField("path", path).Debug("overlay2: mount point stays")
+		d.log.WithError(err).WithField("path", l.path(mergedName)).Debug("overlay2: mount point stays")
 	}
 	return nil
 }

@@ -345,13 +345,31 @@ func TestPutFails(t *testing.T) {
 	d := newTestDriver(t, t.TempDir(), Options{})
 	must(t, d.Create("base", "", nil))
 	must(t, d.CreateReadWrite("box", "base", nil))
+	for i := range 4 { // kept from the third on
+		path, err := d.Get("box", "")
+		must(t, err)
+		overlaytest.WithoutCap(t, unix.CAP_SYS_ADMIN, func() { err = d.Put("box") })
+		wantErr(t, err, unix.EPERM)
+		if mounted, err := mountinfo.Mounted(path); err != nil || !mounted {
+			t.Errorf("%d: mounted: %v %v", i, mounted, err)
+		}
+		must(t, d.Put("box"))
+		if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%d: merged: %v", i, err)
+		}
+	}
+}
+
+// TestPutMoved: a layer whose directory was moved away is unmounted where it is.
+func TestPutMoved(t *testing.T) {
+	d := newTestDriver(t, t.TempDir(), Options{})
+	must(t, d.Create("base", "", nil))
+	must(t, d.CreateReadWrite("box", "base", nil))
 	path, err := d.Get("box", "")
 	must(t, err)
-	// Somebody moves the layer's directory away and leaves a link.
 	must(t, os.Rename(d.home+"/box", d.home+"/staging/aside"))
-	wantErr(t, d.Put("box"), ErrLayerNotFound)
-	must(t, os.Rename(d.home+"/staging/aside", d.home+"/box"))
 	must(t, d.Put("box"))
+	must(t, os.Rename(d.home+"/staging/aside", d.home+"/box"))
 	if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("merged: %v", err)
 	}

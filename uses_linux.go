@@ -175,7 +175,7 @@ func (l *layer) checkUnused() error {
 }
 
 // endUse is called when the last use of this process ends. It calls unmount if no other
-// process uses the layer, and keeps the use if that fails.
+// process uses the layer, and keeps the use if that fails, unless the layer is not there any more.
 func (l *layer) endUse(state *layerState, unmount func() error) (err error) {
 	if err := sys.Flock(l.fd, unix.LOCK_EX); err != nil {
 		return err
@@ -191,7 +191,7 @@ func (l *layer) endUse(state *layerState, unmount func() error) (err error) {
 		return err
 	}
 	if alone {
-		if err := unmount(); err != nil {
+		if err = unmount(); err != nil && !errors.Is(err, ErrLayerNotFound) {
 			if state.use != nil {
 				err = errors.Join(err, sys.Flock(state.use.fd, unix.LOCK_SH))
 			}
@@ -200,20 +200,60 @@ func (l *layer) endUse(state *layerState, unmount func() error) (err error) {
 	}
 	state.use.drop()
 	state.use, state.mounts = nil, 0
+	return err
+}
+
+// checkUses ends the uses that are counted if they are of another layer than l, one that was removed by others and had its
+// name. If that is still there, out of sight, it is ErrLayerInUse: its Puts are to come first.
+func (d *Driver) checkUses(l *layer, state *layerState) error {
+	if state.mounts == 0 {
+		return nil
+	}
+	used := state.handed
+	if state.use != nil {
+		var err error
+		if used, err = sys.IdentFd(state.use.fd); err != nil {
+			return err
+		}
+	}
+	now, err := sys.IdentDir(l.fd, sys.MakeName(diffName))
+	if err != nil || now.SameFile(used) {
+		return nil //nolint:nilerr // what is damaged the caller sees
+	}
+	return d.endUses(state)
+}
+
+// endUses ends the uses that are counted of a layer that is not at its place. If it is elsewhere it is ErrLayerInUse.
+func (d *Driver) endUses(state *layerState) error {
+	if state.use != nil {
+		if _, err := sys.StateFd(state.use.fd); err != unix.ENOENT {
+			return errors.Join(err, fmt.Errorf("%w: another layer of this name, out of sight", ErrLayerInUse))
+		}
+	}
+	d.giveUp(state)
+	state.mounts = 0
 	return nil
 }
 
-// handOver ends the uses of this process as its end would: what is mounted stays mounted, for
+// giveUp ends the use of a layer, as the end of the process would.
+func (d *Driver) giveUp(state *layerState) {
+	if state.kept != nil {
+		d.dropKept(state.kept)
+	} else {
+		state.use.drop()
+	}
+	state.use, state.kept = nil, nil
+}
+
+// handOver ends the uses of this process as its end would, but for their number: what is mounted stays mounted, for
 // whoever gets or puts it next.
 func (d *Driver) handOver() {
 	for _, id := range d.layers.ids() {
 		state, unlock := d.layers.lock(id)
-		if state.kept != nil {
-			d.dropKept(state.kept)
-		} else {
-			state.use.drop()
+		if state.use != nil {
+			state.handed, _ = sys.IdentFd(state.use.fd) // without, the uses are taken for none
 		}
-		state.use, state.kept = nil, nil
+		d.giveUp(state)
 		unlock()
 	}
 }

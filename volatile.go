@@ -79,11 +79,16 @@ func (d *Driver) resetVolatile(id string) error {
 		return err
 	}
 	defer l.close()
-	mounted, err := l.mounted()
-	if err != nil {
+	if state.mounts > 0 {
+		return fmt.Errorf("%w: mounted", ErrLayerInUse)
+	}
+	// Until the layer is closed nobody else mounts it.
+	if err := errors.Join(l.lockHere(), l.checkUnused()); err != nil {
 		return err
 	}
-	if mounted || state.mounts > 0 {
+	if mounted, err := l.mounted(); err != nil {
+		return err
+	} else if mounted {
 		return fmt.Errorf("%w: mounted", ErrLayerInUse)
 	}
 	if err := l.unmarkVolatile(); err != nil {

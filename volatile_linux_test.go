@@ -4,6 +4,8 @@ import (
 	"errors"
 	"os"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/bcc2decd/overlay2/internal/overlaytest"
@@ -177,4 +179,46 @@ func wantNoProblem(t *testing.T, d *Driver) {
 	if problems, err := d.Check(); err != nil || len(problems) > 0 {
 		t.Errorf("Check: %v %v", problems, err)
 	}
+}
+
+// TestResetVolatileRace: the mark of a mount that lives is not taken away by another Driver that accepts what was there before.
+func TestResetVolatileRace(t *testing.T) {
+	overlaytest.Require(t, "root", "overlay")
+	overlaytest.NoLeaks(t)
+	opts := quietOptions(DurabilityOff)
+	opts.MountOptions = []string{"volatile"}
+	d, err := New(t.TempDir(), opts)
+	must(t, err)
+	other, err := New(d.home, opts)
+	must(t, err)
+	must(t, d.CreateReadWrite("box", deepChain(t, d, 2), nil))
+	getPut(t, d, "box", 1)
+	// Out of sight, as in another mount namespace: only the lock tells.
+	path, err := d.Get("box", "")
+	must(t, err)
+	must(t, unix.Unmount(path, unix.MNT_DETACH))
+	wantErr(t, other.ResetVolatile("box"), ErrLayerInUse)
+	must(t, d.Put("box"))
+	must(t, other.ResetVolatile("box"))
+	var ended atomic.Bool
+	var all sync.WaitGroup
+	all.Go(func() {
+		for !ended.Load() {
+			if err := other.ResetVolatile("box"); err != nil && !errors.Is(err, ErrLayerInUse) {
+				t.Error(err)
+				return
+			}
+		}
+	})
+	for range 500 {
+		_, err := d.Get("box", "")
+		must(t, err)
+		if _, err := os.Lstat(d.home + "/box/" + volatileMark); err != nil {
+			t.Error(err)
+		}
+		must(t, d.Put("box"))
+	}
+	ended.Store(true)
+	all.Wait()
+	must(t, errors.Join(other.Cleanup(), d.Cleanup()))
 }

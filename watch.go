@@ -14,8 +14,8 @@ import (
 type watches struct {
 	fd   int // good if on
 	on   bool
-	off  bool // there are none to be had
-	full bool // there are no more to be had
+	off  bool // there are none to be had, until all is forgotten
+	full bool // there are no more to be had, until one ends
 	lwd  int  // of l/
 	l    sys.DirState
 	byWD map[int]*watch
@@ -103,6 +103,7 @@ func (w *watches) drop(one *watch) {
 	if w.on && w.byWD[one.wd] == one {
 		sys.Unwatch(w.fd, one.wd)
 		delete(w.byWD, one.wd)
+		w.full = false
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -106,27 +105,10 @@ func setProject(t *testing.T, dir string, id, flags uint32) {
 	}
 }
 
-// unprivileged runs f on a thread without CAP_SYS_RESOURCE, which ext4 lets pass every limit.
+// unprivileged runs f without CAP_SYS_RESOURCE, which ext4 lets pass every limit.
 func unprivileged(t *testing.T, f func()) {
 	t.Helper()
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread() // and never unlock: the thread ends with the goroutine
-		var data [2]unix.CapUserData
-		hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-		err := unix.Capget(&hdr, &data[0])
-		if err == nil {
-			data[0].Effective &^= 1 << unix.CAP_SYS_RESOURCE
-			err = unix.Capset(&hdr, &data[0])
-		}
-		if err == nil {
-			f()
-		}
-		done <- err
-	}()
-	if err := <-done; err != nil {
-		t.Fatal(err)
-	}
+	overlaytest.WithoutCap(t, unix.CAP_SYS_RESOURCE, f)
 }
 
 func full(err error) bool { return errors.Is(err, unix.EDQUOT) || errors.Is(err, unix.ENOSPC) }

@@ -22,6 +22,12 @@ type Ident struct {
 // filesystem or the kernel doesn't keep the time of birth nothing is sure.
 func (i Ident) Same(o Ident) bool { return i.comparable && i == o }
 
+// SameFile is Same whatever the mounts: for one of a file that is held open it is sure without a time of birth too.
+func (i Ident) SameFile(o Ident) bool {
+	i.mountID, o.mountID = 0, 0
+	return i == o
+}
+
 // identMask is what an Ident is made of.
 const identMask = unix.STATX_TYPE | unix.STATX_INO | unix.STATX_BTIME | unix.STATX_MNT_ID
 
@@ -91,6 +97,7 @@ func identOf(x *unix.Statx_t) (Ident, error) {
 // own name, or that it was removed.
 type DirState struct {
 	dev, ino  uint64
+	mountID   uint64 // of StateMounted
 	ctime     int64
 	ctimeNsec uint32
 }
@@ -107,8 +114,31 @@ func StateFd(fd int) (DirState, error) {
 	return DirState{dev: uint64(st.Dev), ino: st.Ino, ctime: int64(st.Ctim.Sec), ctimeNsec: uint32(st.Ctim.Nsec)}, nil
 }
 
-// SameDir reports whether two are of the same directory, as far as the inode number tells.
-func (s DirState) SameDir(o DirState) bool { return s.dev == o.dev && s.ino == o.ino }
+// StateMounted is StateFd of a directory on the very mount that it was opened on, where the kernel tells (5.8, commit fa2fcf4f1df1).
+func StateMounted(fd int) (DirState, error) {
+	var x unix.Statx_t
+	err := retry(func() error {
+		return unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_INO|unix.STATX_NLINK|unix.STATX_CTIME|unix.STATX_MNT_ID, &x)
+	})
+	switch {
+	case err == unix.ENOSYS || err == unix.EPERM: // before 4.11, or a seccomp filter that does not know it
+		return StateFd(fd)
+	case err != nil:
+		return DirState{}, err
+	case x.Nlink == 0:
+		return DirState{}, unix.ENOENT
+	}
+	s := DirState{dev: unix.Mkdev(x.Dev_major, x.Dev_minor), ino: x.Ino, ctime: x.Ctime.Sec, ctimeNsec: x.Ctime.Nsec}
+	if x.Mask&unix.STATX_MNT_ID != 0 {
+		s.mountID = x.Mnt_id
+	}
+	return s, nil
+}
+
+// SameDir reports whether two are of the same directory, as far as the numbers tell.
+func (s DirState) SameDir(o DirState) bool {
+	return s.dev == o.dev && s.ino == o.ino && s.mountID == o.mountID
+}
 
 // SettledAt reports whether the last change was at least d before now, a time before StateFd was called: then
 // the next one will be seen, however coarse the filesystem's clock is. A d of 0 is for one that is not.

@@ -87,6 +87,12 @@ func holds(dir, path string) bool {
 	return ok && (rest == "" || rest[0] == '/')
 }
 
+// MountedBelow reports whether something is mounted beneath path, an absolute one without symlinks.
+func MountedBelow(path string) (below bool, err error) {
+	err = MountPoints(func(m MountPoint) { below = below || holds(path, m.Path) && m.Path != path })
+	return below, err
+}
+
 // UnmountBelow detaches all that is mounted at path, an absolute one without symlinks, or beneath it, the last first.
 func UnmountBelow(path string) error {
 	var paths []string
