@@ -375,21 +375,22 @@ func (d *Driver) openUsed(id string, state *layerState) (*layer, error) {
 // If the layer is not there any more it is ErrLayerNotFound: nothing is mounted then.
 func (d *Driver) unmountMerged(l *layer) error {
 	// By the directory that is open: another layer may have its name, or another home lie over this one.
-	err := sys.Unmount(sys.ProcPath(l.fd) + "/" + mergedName)
+	path := l.path(mergedName)
+	err := sys.UnmountAt(l.fd, mergedName, path)
 	if isGone(err) {
 		// Nor is there a mount at the path, unless another mount of this home lies over the one that the directory
 		// was opened on, or there is no /proc.
 		if err := l.checkHere(); err != nil {
 			return err
 		}
-		err = unmountGone(l.path(mergedName))
+		err = unmountGone(path)
 	}
 	if err != nil {
 		return err
 	}
 	// Not a reason to keep the layer counted: the mount is gone. Get takes the directory as it is.
 	if err := sys.Unlinkat(l.fd, mergedName, unix.AT_REMOVEDIR); err != nil && err != unix.ENOENT {
-		d.log.WithError(err).WithField("path", l.path(mergedName)).Debug("overlay2: mount point stays")
+		d.log.WithError(err).WithField("path", path).Debug("overlay2: mount point stays")
 	}
 	return nil
 }

@@ -350,6 +350,9 @@ func TestPutFails(t *testing.T) {
 		must(t, err)
 		overlaytest.WithoutCap(t, unix.CAP_SYS_ADMIN, func() { err = d.Put("box") })
 		wantErr(t, err, unix.EPERM)
+		if !strings.Contains(err.Error(), path) {
+			t.Errorf("no path in %q", err)
+		}
 		if mounted, err := mountinfo.Mounted(path); err != nil || !mounted {
 			t.Errorf("%d: mounted: %v %v", i, mounted, err)
 		}

@@ -165,9 +165,14 @@ func BindReadOnly(source, target string) error {
 }
 
 // Unmount detaches the mount at target, which is not followed if it is a symlink.
-func Unmount(target string) error {
+func Unmount(target string) error { return unmount(target, target) }
+
+// UnmountAt is Unmount of name in an open directory, by /proc. Errors name it by its path.
+func UnmountAt(dirfd int, name, path string) error { return unmount(ProcPath(dirfd)+"/"+name, path) }
+
+func unmount(target, path string) error {
 	if err := retry(func() error { return unix.Unmount(target, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW) }); err != nil {
-		return &MountError{Call: "unmount", Target: target, Err: err}
+		return &MountError{Call: "unmount", Target: path, Err: err}
 	}
 	return nil
 }
