@@ -12,6 +12,7 @@ import (
 
 	"github.com/bcc2decd/overlay2/archive"
 	"github.com/bcc2decd/overlay2/internal/overlaytest"
+	"github.com/bcc2decd/overlay2/internal/sys"
 	"golang.org/x/sys/unix"
 )
 
@@ -89,14 +90,21 @@ func TestForkRebase(t *testing.T) {
 	}
 }
 
-// TestForkHomeBind: nor is the home taken for one that another Driver uses.
+// TestForkHomeBind: nor is the home taken for one that another Driver uses where a child is just about to close its copy of a
+// descriptor.
 func TestForkHomeBind(t *testing.T) {
 	home := sharedDir(t) + "/home"
-	defer startPrograms()()
-	for range 40 {
-		d, err := New(home, quietOptions(DurabilityOff))
-		must(t, err)
-		must(t, d.Cleanup())
-		wantBound(t, home, 0)
-	}
+	d, err := New(home, quietOptions(DurabilityOff))
+	must(t, err)
+	wantBound(t, home, 1)
+	fd, err := sys.OpenRoot(home)
+	must(t, err)
+	closed := make(chan error)
+	go func() {
+		time.Sleep(5 * time.Millisecond)
+		closed <- sys.Close(fd)
+	}()
+	must(t, d.Cleanup())
+	must(t, <-closed)
+	wantBound(t, home, 0)
 }

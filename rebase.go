@@ -88,7 +88,7 @@ func (l *layer) lockRebase(state *layerState) (*use, error) {
 	}
 	// Not awaited for long: the parent is locked, and whoever has this layer may wait for that. But a child of this
 	// process, between fork and exec, may have a copy of the descriptor that a call before locked it by.
-	if err := retryWhile(unix.EWOULDBLOCK, forkWait, func() error { return sys.Flock(l.fd, unix.LOCK_EX|unix.LOCK_NB) }); err == unix.EWOULDBLOCK {
+	if err := retryWhile(unix.EWOULDBLOCK, busyWait, func() error { return sys.Flock(l.fd, unix.LOCK_EX|unix.LOCK_NB) }); err == unix.EWOULDBLOCK {
 		return nil, fmt.Errorf("%w: by another process", ErrLayerInUse)
 	} else if err != nil {
 		return nil, err

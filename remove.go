@@ -108,10 +108,15 @@ func (d *Driver) removeUnused(l *layer, s *staging, links []string) error {
 
 // retryBusy calls f again, for half a second at most, while something is briefly busy:
 // an unmount in another mount namespace that has not ended yet.
-func retryBusy(f func() error) error { return retryWhile(unix.EBUSY, 256*time.Millisecond, f) }
+func retryBusy(f func() error) error { return retryWhile(unix.EBUSY, busyWait, f) }
 
-// forkWait is the longest wait for a child of this process, between fork and exec, to close what it has copies of.
-const forkWait = 32 * time.Millisecond
+const (
+	// busyWait is the longest of the waits for what should not be in use, half a second together.
+	busyWait = 256 * time.Millisecond
+	// forkWait is that for what others may well use, but which a child of this process, between fork and exec, may just
+	// have a copy of.
+	forkWait = 32 * time.Millisecond
+)
 
 // retryWhile calls f again while it returns this error, after waits that double up to the longest.
 func retryWhile(again error, longest time.Duration, f func() error) error {
