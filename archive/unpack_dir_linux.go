@@ -83,7 +83,7 @@ func (b *builder) setDir(n *dirNode, e *tarEntry, made bool) error {
 	if b.opts.Format == Merged {
 		b.keep(n)
 		if made && !in.made {
-			b.names.add(n.hash, nameMade)
+			b.names.add(n.hash, nameMade|nameKept) // keep stops at what was made
 		}
 	}
 	if e.hasAtime {
