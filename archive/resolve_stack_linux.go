@@ -56,26 +56,26 @@ func (b *builder) limitOpen() error {
 	return nil
 }
 
-// popTo leaves the directories above the first depth ones beneath the root.
+// popTo leaves the directories above the first depth ones beneath the root. All of them are closed, also
+// if one does not get its times or mode.
 func (b *builder) popTo(depth int) error {
 	if depth > 0 && depth < b.firstOpen {
 		if err := b.reopen(depth); err != nil {
 			return err
 		}
 	}
+	var err error
 	for len(b.stack)-1 > depth {
 		n := b.top()
 		b.stack = b.stack[:len(b.stack)-1]
 		if n.fd >= 0 {
-			if err := b.leave(n); err != nil {
-				return err
-			}
+			err = errors.Join(err, b.leave(n))
 		}
 	}
 	if depth == 0 {
 		b.firstOpen = 1
 	}
-	return nil
+	return err
 }
 
 // reopen opens again the closed directory at depth, which will be the top: up from the first
