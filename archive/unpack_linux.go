@@ -125,21 +125,11 @@ func (u *unpacker) run(b *builder, dir string, r io.Reader) (Stats, error) {
 	}
 	t := tarReader{src: stream{ctx: u.ctx, r: r, alloc: u.alloc}}
 	t.src.onRead = func() { u.progress(&t) }
-	seq, err := u.read(&t)
-	if err != nil && !errors.Is(err, errStopped) {
-		if u.ctx.Err() != nil {
-			seq = -1 // nothing more is to be done
-		}
-		u.fail(seq, err)
-	}
-	t.src.close()
-	u.flush()
-	close(u.work)
-	wg.Wait()
+	u.readAll(&t, &wg)
 	u.tarBytes = t.src.off
 	stats := u.stats()
 	stats.Root = u.root
-	err = u.err
+	err := u.err
 	if err == nil && !b.sizeSure && u.opts.Format != Merged {
 		var usage Stats
 		if usage, err = Usage(u.ctx, dir); err == nil {
@@ -150,6 +140,29 @@ func (u *unpacker) run(b *builder, dir string, r io.Reader) (Stats, error) {
 		u.opts.Progress(stats)
 	}
 	return stats, err
+}
+
+// readAll reads the stream to its end, and returns when the other stages have ended: also on the way of a panic
+// of the caller's reader, from which somebody above may recover.
+func (u *unpacker) readAll(t *tarReader, wg *sync.WaitGroup) {
+	returned := false
+	defer func() {
+		if !returned {
+			u.fail(-1, errStopped) // nothing more is to be done
+		}
+		t.src.close()
+		u.flush()
+		close(u.work)
+		wg.Wait()
+	}()
+	seq, err := u.read(t)
+	if err != nil && !errors.Is(err, errStopped) {
+		if u.ctx.Err() != nil {
+			seq = -1 // nothing more is to be done
+		}
+		u.fail(seq, err)
+	}
+	returned = true
 }
 
 // read passes the entries on to the builder. An error belongs to the entry seq.

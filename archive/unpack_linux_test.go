@@ -601,6 +601,33 @@ func TestUnpackReaderGoroutine(t *testing.T) {
 	}
 }
 
+// TestUnpackReaderPanics: a reader that panics, where somebody above recovers, leaves nothing open and nothing running.
+func TestUnpackReaderPanics(t *testing.T) {
+	overlaytest.Require(t, "root")
+	stream := mixed(t, 60)
+	for name, f := range map[string]func(){
+		"panic":  func() { panic("reader") },
+		"Goexit": runtime.Goexit,
+	} {
+		t.Run(name, func(t *testing.T) {
+			overlaytest.NoLeaks(t)
+			dir := t.TempDir()
+			ended := make(chan any)
+			go func() {
+				defer func() { ended <- recover() }()
+				r := io.MultiReader(bytes.NewReader(stream[:len(stream)/2]), readerFunc(func([]byte) (int, error) {
+					f()
+					return 0, io.EOF
+				}))
+				_, _ = Unpack(context.Background(), dir, r, UnpackOptions{})
+			}()
+			if got := <-ended; (got != nil) != (name == "panic") {
+				t.Errorf("recovered %v", got)
+			}
+		})
+	}
+}
+
 // TestUnpackSymlinkRace swaps a directory and a symlink that points out while a stream goes
 // through it (CVE-2018-15664, CVE-2026-17106): whatever comes of it, nothing outside changes.
 func TestUnpackSymlinkRace(t *testing.T) {
