@@ -203,6 +203,22 @@ func TestApplyDiff(t *testing.T) {
 	})
 }
 
+// TestApplyAgainSize: ApplyDiff to a layer that has content already returns the size of all it has then.
+func TestApplyAgainSize(t *testing.T) {
+	overlaytest.Require(t, "root", "overlay")
+	d := newTestDriver(t, t.TempDir(), Options{})
+	apply(t, d, "base", "", makeTar(t, file("one", "0123456789")))
+	must(t, d.Create("top", "base", nil))
+	for i, want := range []int64{5, 5, 12} {
+		diff := makeTar(t, file([]string{"two", "two", "three"}[i], []string{"01234", "43210", "0123456"}[i]))
+		got, err := d.ApplyDiff("top", "base", bytes.NewReader(diff))
+		must(t, err)
+		if size, err := d.DiffSize("top", "base"); err != nil || got != want || size != want {
+			t.Errorf("time %d: %d bytes, DiffSize %d, want %d, %v", i, got, size, want, err)
+		}
+	}
+}
+
 // oneByteReader gives the stream a byte at a time, and counts what is left.
 type oneByteReader struct{ r *bytes.Reader }
 

@@ -32,7 +32,7 @@ type builder struct {
 	// plnk is the directory of aufs's pseudo links while there are any.
 	plnk     *dirNode
 	plnkName string
-	// sizeSure says that the running sum is the size of the layer: nothing was removed.
+	// sizeSure says that the running sum is the size of the layer: it was empty, and nothing was removed.
 	sizeSure bool
 	cur      *outFile
 	pieces   []piece
@@ -41,7 +41,7 @@ type builder struct {
 
 func newBuilder(u *unpacker, dir string) (*builder, error) {
 	u.euid, u.egid = uint32(os.Geteuid()), uint32(os.Getegid())
-	b := &builder{unpacker: u, names: newNameSet(), sizeSure: true}
+	b := &builder{unpacker: u, names: newNameSet()}
 	b.firstOpen = 1
 	fd, err := sys.OpenRoot(dir)
 	if err != nil {
@@ -55,7 +55,7 @@ func newBuilder(u *unpacker, dir string) (*builder, error) {
 		root.acl = hasDefaultACL(fd)
 		if u.opts.Format == Merged {
 			u.onOverlay, err = sys.IsOverlay(fd)
-		} else if len(u.opts.Lowers) > 0 {
+		} else if b.sizeSure, err = b.empty(root); err == nil && len(u.opts.Lowers) > 0 {
 			b.lowers, err = openLowers(u.opts.Lowers, u.opts.Format)
 			root.view = b.lowers
 		}
@@ -64,6 +64,15 @@ func newBuilder(u *unpacker, dir string) (*builder, error) {
 		return nil, errors.Join(err, sys.Close(fd))
 	}
 	return b, nil
+}
+
+// empty says whether there is nothing in an open directory.
+func (b *builder) empty(n *dirNode) (bool, error) {
+	if err := b.dents.Reset(n.fd); err != nil {
+		return false, err
+	}
+	name, _, err := b.dents.Next()
+	return name == nil, err
 }
 
 // run takes items until there are no more, and ends all that is begun.

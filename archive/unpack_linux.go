@@ -43,7 +43,7 @@ var errStopped = errors.New("stopped")
 // out: the mount's label governs. In a user namespace, devices that may not be made are skipped
 // and counted.
 //
-// Stats.Size is what Usage(dir) says if dir was empty. With Merged it is the size of what
+// Stats.Size is what Usage(dir) says, which costs a walk if dir was not empty. With Merged it is the size of what
 // was written.
 //
 // r is read by the calling goroutine only. The other work is done by goroutines that have
