@@ -162,9 +162,8 @@ func (b *builder) touch(n *dirNode) {
 // leave gives the directory its final times and mode, and closes it.
 func (b *builder) leave(n *dirNode) error {
 	err := b.settle(n)
-	if n.view != nil && n.parent != nil {
-		n.view.close()
-		n.view, n.viewKnown = nil, false
+	if n.parent != nil {
+		b.dropView(n)
 	}
 	err = errors.Join(err, sys.Close(n.fd))
 	n.fd = -1

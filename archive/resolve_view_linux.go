@@ -65,10 +65,43 @@ func (b *builder) viewDown(from *dirNode, way []*dirNode) (view *mergedDir, err 
 		}
 		view, owned = next, n.fd < 0 && next != nil
 		if !owned {
-			n.view, n.viewKnown = next, true
+			b.keepView(n, next)
 		}
 	}
 	return view, nil
+}
+
+// maxViewDirs is how many directories of lower layers the views on the stack keep open, so that deep trees over many
+// layers need no descriptor for each directory of each. Besides, the root, the lowest open directory, the one
+// that was looked at last and its parent keep theirs: others would be found again and again.
+const maxViewDirs = 256
+
+// keepView notes what merges at n, and closes views nearer to the root if they have too much open.
+func (b *builder) keepView(n *dirNode, view *mergedDir) {
+	n.view, n.viewKnown = view, true
+	if view == nil {
+		return
+	}
+	b.viewDirs += len(view.parts)
+	first := 1
+	if b.firstOpen > 1 {
+		first = b.firstOpen + 1 // from there limitOpen goes on
+	}
+	for i := first; i < len(b.stack) && b.viewDirs > maxViewDirs; i++ {
+		if old := b.stack[i]; old != n && old != n.parent {
+			b.dropView(old)
+		}
+	}
+}
+
+// dropView closes what is known of a directory other than the root. It can be found again.
+func (b *builder) dropView(n *dirNode) {
+	if n.view == nil {
+		return
+	}
+	b.viewDirs -= len(n.view.parts)
+	n.view.close()
+	n.view, n.viewKnown = nil, false
 }
 
 // cursor is a handle on its way down the stack; owned says that it is not a node's.

@@ -25,6 +25,8 @@ type builder struct {
 	names nameSet
 	// lowers is the root of the merged view of the lower layers, nil for none.
 	lowers *mergedDir
+	// viewDirs is the number of directories that the views on the stack keep open, without the root's.
+	viewDirs int
 	// awaited says that opts.LowersReady has been called.
 	awaited bool
 	// rootOpaque says that nothing of the lower layers' root may show through.

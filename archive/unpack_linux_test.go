@@ -490,6 +490,41 @@ func TestUnpackDeep(t *testing.T) {
 	}
 }
 
+// TestUnpackDeepManyLowers: 100 layers that merge 30 directories deep need some hundred descriptors, not one for each.
+func TestUnpackDeepManyLowers(t *testing.T) {
+	overlaytest.Require(t, "root", "tmpfs")
+	overlaytest.NoLeaks(t)
+	base := overlaytest.MountFS(t, overlaytest.FS{Name: "tmpfs"})
+	const depth = 30
+	var tree, down, up strings.Builder
+	for i := range depth {
+		dir := strings.Repeat("d/", i+1)
+		fmt.Fprintf(&tree, "file %sa \"x\"\nfile %sb \"x\"\nfile %sc \"x\"\n", dir, dir, dir)
+		fmt.Fprintf(&down, "file %s.wh.a\n", dir)
+		dir = strings.Repeat("d/", depth-i)
+		fmt.Fprintf(&up, "file %s.wh.b\nlink %scopied -> %sc\n", dir, dir, dir)
+	}
+	var lowers []string
+	for i := range 100 {
+		lowers = append(lowers, filepath.Join(base, strconv.Itoa(i)))
+		overlaytest.Build(t, lowers[i], tree.String())
+	}
+	dir := filepath.Join(base, "upper")
+	must(t, os.Mkdir(dir, 0o755))
+	stream := mustTar(t, down.String()+up.String())
+	var was unix.Rlimit
+	must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &was))
+	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 600, Max: was.Max}))
+	defer func() { must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &was)) }()
+	start := time.Now()
+	mustUnpack(t, dir, stream, UnpackOptions{Lowers: lowers})
+	t.Log(time.Since(start))
+	got := overlaytest.Tree(t, dir)
+	if marks, files := strings.Count(got, " char 0000 "), strings.Count(got, `/c" file `); marks != 2*depth || files != depth {
+		t.Errorf("%d whiteouts and %d copied files:\n%s", marks, files, got)
+	}
+}
+
 // TestUnpackManyNames puts 50,000 entries into one directory.
 func TestUnpackManyNames(t *testing.T) {
 	overlaytest.Require(t, "root", "tmpfs")

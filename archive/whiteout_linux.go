@@ -126,13 +126,14 @@ func (b *builder) makeOpaque(n *dirNode) error {
 	if err := setOpaque(n.fd, b.opts.Format); err != nil {
 		return err
 	}
-	n.view, n.viewKnown = nil, true
 	if n.parent == nil {
 		// overlayfs ignores the mark on the root of an upper layer: see hideRoot.
 		b.rootOpaque = true
+		n.view = nil
 		return nil
 	}
-	view.close()
+	b.dropView(n)
+	n.viewKnown = true
 	return b.sweepWhiteouts()
 }
 
