@@ -158,51 +158,10 @@ func (c *comparer) sameContent(a, b *fileAt) (bool, error) {
 	if one.Dev == other.Dev && one.Ino == other.Ino {
 		return true, nil // data that two metacopies share
 	}
-	return c.sameData(x, y)
-}
-
-// sameData reads two files to their ends, or to the first difference.
-func (c *comparer) sameData(x, y int) (bool, error) {
-	if c.dataA == nil {
-		c.dataA, c.dataB = make([]byte, 256<<10), make([]byte, 256<<10)
+	if one.Size != other.Size {
+		return false, nil
 	}
-	for {
-		if c.stop != nil {
-			if err := c.stop(); err != nil {
-				return false, err
-			}
-		}
-		n, err := readFull(x, c.dataA)
-		if err != nil {
-			return false, err
-		}
-		m, err := readFull(y, c.dataB)
-		if err != nil {
-			return false, err
-		}
-		if n != m || !bytes.Equal(c.dataA[:n], c.dataB[:m]) {
-			return false, nil
-		}
-		if n < len(c.dataA) {
-			return true, nil
-		}
-	}
-}
-
-// readFull reads until buf is full or the file ends.
-func readFull(fd int, buf []byte) (int, error) {
-	n := 0
-	for n < len(buf) {
-		m, err := sys.Read(fd, buf[n:])
-		if err != nil {
-			return n, err
-		}
-		if m == 0 {
-			break
-		}
-		n += m
-	}
-	return n, nil
+	return c.sameData(x, y, one.Size)
 }
 
 // openRegular opens a regular file by its name; it was one a moment ago.
