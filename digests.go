@@ -11,6 +11,7 @@ import (
 	"hash"
 	"io"
 	"maps"
+	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -27,7 +28,13 @@ const (
 	maxDigestLine = 8 << 20
 	opaqueMark    = ".wh..wh..opq"
 	whiteoutMark  = ".wh."
+	// applyHoles is how much of a layer's holes an apply hashes to record digests: what two minutes are enough for. A SHA-256
+	// knows no short way over zeros, and a tar of 3 KiB can make 16 TiB of them.
+	applyHoles = 64 << 30
 )
+
+// errManyHoles says that the holes of a layer's files are longer than what is to be hashed of them.
+var errManyHoles = errors.New("too much of the layer is holes")
 
 // digestKinds are the names of types in digests. Marks have names of their own.
 var digestKinds = map[byte]string{
@@ -46,15 +53,33 @@ type digester struct {
 	buf  []byte // for copying
 	line []byte // the last one
 	root bool   // it is the root's
+	// ended, unless it is nil, is asked while content is hashed: a hole is read without the stream, which may end.
+	ended func() error
+	// holes is how much of holes may yet be hashed. That is errManyHoles otherwise.
+	holes  int64
+	stream countingReader
 }
 
 func newDigester() *digester {
-	return &digester{sum: sha256.New(), buf: make([]byte, 256<<10)}
+	return &digester{sum: sha256.New(), buf: make([]byte, 256<<10), holes: math.MaxInt64}
+}
+
+// countingReader counts what is read.
+type countingReader struct {
+	r io.Reader
+	n int64
+}
+
+func (c *countingReader) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	c.n += int64(n)
+	return n, err
 }
 
 // each calls f with the line of each entry of a tar, valid during the call.
 func (s *digester) each(stream io.Reader, f func(line []byte) error) error {
-	for r := tar.NewReader(stream); ; {
+	s.stream = countingReader{r: stream}
+	for r := tar.NewReader(&s.stream); ; {
 		h, err := r.Next()
 		if err == io.EOF {
 			return nil
@@ -99,8 +124,7 @@ func (s *digester) entry(h *tar.Header, content io.Reader) error {
 	b = append(strconv.AppendQuote(append(b, ' '), name), ' ')
 	switch kind {
 	case "file":
-		s.sum.Reset()
-		if _, err := io.CopyBuffer(s.sum, content, s.buf); err != nil {
+		if err := s.hash(content); err != nil {
 			return err
 		}
 		b = s.appendSum(b)
@@ -112,6 +136,30 @@ func (s *digester) entry(h *tar.Header, content io.Reader) error {
 	b = append(b, '\n')
 	s.line, s.root = b, name == "."
 	return nil
+}
+
+// hash reads the content of a file to its end into the sum. What does not come from the stream is a hole.
+func (s *digester) hash(content io.Reader) error {
+	s.sum.Reset()
+	for {
+		if s.ended != nil {
+			if err := s.ended(); err != nil {
+				return err
+			}
+		}
+		before := s.stream.n
+		n, err := content.Read(s.buf)
+		_, _ = s.sum.Write(s.buf[:n]) // a hash takes everything
+		if s.holes -= int64(n) - (s.stream.n - before); s.holes < 0 {
+			return errManyHoles
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
 }
 
 // xattrs appends the digest of the extended attributes among the records of an entry.

@@ -37,6 +37,7 @@ type Driver struct {
 	log              *logrus.Entry
 	quota            *quota.Control
 	quotaErr         error // why quota is nil
+	maxHoles         int64 // of a layer whose digests an apply records
 
 	instance string // of the filesystem that home lies on, as it is mounted now
 
@@ -78,7 +79,7 @@ func Init(home string, options []string, idMap archive.IDMap) (*Driver, error) {
 }
 
 func newDriver(home string, opts Options) (*Driver, error) {
-	d := &Driver{opts: opts, log: opts.Log}
+	d := &Driver{opts: opts, log: opts.Log, maxHoles: applyHoles}
 	d.opts.MountOptions = slices.Clone(opts.MountOptions)
 	if d.log == nil {
 		d.log = logrus.NewEntry(logrus.StandardLogger())

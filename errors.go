@@ -42,7 +42,7 @@ var (
 	// ErrUnsynced says that the layer was mounted with the option volatile by a process that is no
 	// more: what it holds may be what a crash left. Remove it, or accept it by ResetVolatile.
 	ErrUnsynced = errors.New("layer may not have reached the disk")
-	// ErrNoDigests says that Verify has nothing to compare a layer with: see RecordDigests.
+	// ErrNoDigests says that Verify has nothing to compare a layer with: see RecordDigests and Options.RecordDigests.
 	ErrNoDigests = errors.New("no digests are recorded")
 )
 

@@ -76,7 +76,8 @@ type Options struct {
 	// tar make again. Without it they are zeros in the tar, as images need: see archive.PackOptions.NoSparse.
 	SparseDiffs bool
 	// RecordDigests makes ApplyDiff and ApplyLayers record a digest of each file, for Verify. That reads
-	// each layer once more, which docs/repair.md has figures of.
+	// each layer once more, which docs/repair.md has figures of. A layer whose sparse files have more than 64 GiB of
+	// holes is left without, which is logged: the method RecordDigests can do it.
 	RecordDigests bool
 	// OverrideKernelCheck lets New work on a kernel that is older than it asks for.
 	OverrideKernelCheck bool

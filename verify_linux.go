@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 
 	"github.com/bcc2decd/overlay2/archive"
@@ -19,7 +20,7 @@ import (
 const newDigestsName = digestsName + ".new"
 
 // RecordDigests reads the layer and records a digest of each of its files, for Verify, in place of what was
-// recorded before. With Options.RecordDigests ApplyDiff and ApplyLayers do it by themselves. A layer that is mounted for
+// recorded before. With Options.RecordDigests ApplyDiff and ApplyLayers do it by themselves, unless the holes are too large. A layer that is mounted for
 // writing is ErrLayerInUse. It costs reading the layer, holes of sparse files too; memory is that for the names of the
 // longest directory and for hard links. Other calls on the layer wait. It ends early with the error of ctx, and what was recorded
 // before stays.
@@ -62,19 +63,25 @@ func (d *Driver) recordLayer(ctx context.Context, id string) (err error) {
 	if err != nil {
 		return err
 	}
-	return d.recordDigests(ctx, l, lowers, d.opts.Durability != DurabilityOff)
+	return d.recordDigests(ctx, l, lowers, d.opts.Durability != DurabilityOff, math.MaxInt64)
 }
 
-// recordApplied records the digests of a layer that was filled, if that is wanted. They reach the disk with the layer.
+// recordApplied records the digests of a layer that was filled, if that is wanted. They reach the disk with the layer. One with
+// very large holes is left without: who applies a tar cannot know how long that takes, nor end it.
 func (d *Driver) recordApplied(ctx context.Context, l *layer, lowers []string) error {
 	if !d.opts.RecordDigests {
 		return nil
 	}
-	return d.recordDigests(ctx, l, lowers, false)
+	err := d.recordDigests(ctx, l, lowers, false, d.maxHoles)
+	if errors.Is(err, errManyHoles) {
+		d.log.WithField("layer", l.id).WithError(err).Warn("overlay2: no digests recorded: RecordDigests does it, however long it takes")
+		return nil
+	}
+	return err
 }
 
-// recordDigests writes the digests of a layer that nobody changes meanwhile.
-func (d *Driver) recordDigests(ctx context.Context, l *layer, lowers []string, sync bool) error {
+// recordDigests writes the digests of a layer that nobody changes meanwhile. If its holes are longer than holes in all that is errManyHoles.
+func (d *Driver) recordDigests(ctx context.Context, l *layer, lowers []string, sync bool, holes int64) error {
 	// In the layer's directory, as one with a project of its own takes nothing from elsewhere.
 	if err := removeName(l.fd, newDigestsName); err != nil {
 		return fmt.Errorf("%s: %w", newDigestsName, err)
@@ -86,7 +93,7 @@ func (d *Driver) recordDigests(ctx context.Context, l *layer, lowers []string, s
 	f := os.NewFile(uintptr(fd), newDigestsName)
 	w, err := newDigestWriter(f)
 	if err == nil {
-		err = d.digestLayer(ctx, l, lowers, w.add)
+		err = d.digestLayer(ctx, l, lowers, holes, w.add)
 	}
 	if err == nil {
 		err = w.end()
@@ -107,8 +114,9 @@ func (d *Driver) recordDigests(ctx context.Context, l *layer, lowers []string, s
 }
 
 // digestLayer calls f with the digest of the layer's root and of each entry of its own tar: of what its diff directory holds.
-func (d *Driver) digestLayer(ctx context.Context, l *layer, lowers []string, f func(line []byte) error) error {
+func (d *Driver) digestLayer(ctx context.Context, l *layer, lowers []string, holes int64, f func(line []byte) error) error {
 	s := newDigester()
+	s.ended, s.holes = ctx.Err, holes
 	pack := func(opts archive.PackOptions, f func(line []byte) error) error {
 		r, err := archive.Pack(ctx, l.path(diffName), opts)
 		if err != nil {
@@ -178,7 +186,7 @@ func (d *Driver) verify(ctx context.Context, id string, report func(Difference))
 	}
 	c, err := newComparer(r, report)
 	if err == nil {
-		err = d.digestLayer(ctx, l, lowers, c.add)
+		err = d.digestLayer(ctx, l, lowers, math.MaxInt64, c.add)
 	}
 	if err != nil {
 		return err

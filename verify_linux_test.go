@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/bcc2decd/overlay2/internal/overlaytest"
+	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 )
 
@@ -215,6 +216,59 @@ func TestVerifyEnds(t *testing.T) {
 			t.Errorf("within: %s, not %v", got, diff)
 		}
 	}))
+}
+
+// sparseTar is the tar of a layer with one sparse file of each size, all hole, as SparseDiffs writes it.
+func sparseTar(t *testing.T, sizes ...int64) []byte {
+	t.Helper()
+	d := newTestDriver(t, t.TempDir(), Options{SparseDiffs: true})
+	must(t, d.CreateReadWrite("box", "", nil))
+	path, put := get(t, d, "box")
+	for i, size := range sizes {
+		name := fmt.Sprintf("%s/%d", path, i)
+		must(t, os.WriteFile(name, nil, 0o600))
+		must(t, os.Truncate(name, size))
+	}
+	put()
+	return readDiff(t, d, "box", "")
+}
+
+// TestVerifyHoles: a small tar with large holes does not keep ApplyDiff: beyond a limit no digests are recorded.
+// RecordDigests takes what it takes, as Verify does, and both can be ended.
+func TestVerifyHoles(t *testing.T) {
+	overlaytest.Require(t, "root", "overlay")
+	var logged bytes.Buffer
+	log := logrus.New()
+	log.SetOutput(&logged)
+	d := newTestDriver(t, t.TempDir(), Options{RecordDigests: true, Log: logrus.NewEntry(log)})
+	d.maxHoles = 3 << 20
+	apply(t, d, "some", "", sparseTar(t, 1<<20, 2<<20))
+	if got := differences(t, d, "some"); got != "" {
+		t.Error(got)
+	}
+	apply(t, d, "many", "", sparseTar(t, 1<<20, 1<<20, 1<<20, 100<<10))
+	wantErr(t, d.Verify(t.Context(), "many", func(Difference) {}), ErrNoDigests)
+	if got := logged.String(); strings.Count(got, "no digests recorded") != 1 || !strings.Contains(got, "layer=many") {
+		t.Errorf("logged: %s", got)
+	}
+	must(t, d.RecordDigests(t.Context(), "many"))
+	if got := differences(t, d, "many"); got != "" {
+		t.Error(got)
+	}
+	huge := sparseTar(t, 1<<40)
+	apply(t, d, "huge", "", huge)
+	must(t, errOf3(d.ApplyLayers("", []LayerDiff{{"parallel", bytes.NewReader(huge)}})))
+	for _, id := range []string{"huge", "parallel"} {
+		wantErr(t, d.Verify(t.Context(), id, func(Difference) {}), ErrNoDigests)
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		wantErr(t, d.RecordDigests(ctx, id), context.DeadlineExceeded)
+		cancel()
+		entries, err := os.ReadDir(d.home + "/" + id)
+		must(t, err)
+		if fmt.Sprint(entries) != "[d diff/ - link L listed]" {
+			t.Errorf("%v", entries)
+		}
+	}
 }
 
 // TestVerifyMany: goroutines that verify, record, mount and read layers do not disturb one another.
