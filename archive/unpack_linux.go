@@ -39,7 +39,7 @@ var errStopped = errors.New("stopped")
 // zeros is whole, as it is for GNU tar.
 //
 // Owners, modes, times to the nanosecond, device nodes, xattrs, hard links and holes are
-// those of the tar. Xattrs of overlayfs's own are escaped, security.selinux is left
+// those of the tar; of a time that the filesystem cannot hold the kernel makes the nearest. Xattrs of overlayfs's own are escaped, security.selinux is left
 // out: the mount's label governs. In a user namespace, devices that may not be made are skipped
 // and counted.
 //
