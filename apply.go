@@ -63,22 +63,22 @@ func (d *Driver) applyDiff(id, parent string, diff io.Reader) (_ int64, err erro
 		return 0, err
 	}
 	opts := archive.UnpackOptions{Format: d.format, IDMap: d.opts.IDMap, Lowers: lowers}
-	var stats archive.Stats
-	if native && !mounted {
-		stats, err = d.limitedUnpack(l, func(ctx context.Context, progress func(archive.Stats)) (archive.Stats, error) {
+	stats, err := d.limitedUnpack(l, func(ctx context.Context, progress func(archive.Stats)) (stats archive.Stats, err error) {
+		if native && !mounted {
 			opts.Progress = progress
-			return archive.Unpack(ctx, l.path(diffName), diff, opts)
-		})
-	} else {
-		stats, err = d.applyMerged(l, state, diff)
-	}
+			stats, err = archive.Unpack(ctx, l.path(diffName), diff, opts)
+		} else {
+			stats, err = d.applyMerged(l, state, diff)
+		}
+		if err == nil {
+			err = d.recordApplied(ctx, l, lowers) // digests count against the limits, too
+		}
+		return stats, err
+	})
 	if err != nil {
 		return 0, err
 	}
 	d.tellSkipped(l.id, stats)
-	if err := d.recordApplied(context.Background(), l, lowers); err != nil {
-		return 0, err
-	}
 	return stats.Size, d.endApply(l)
 }
 
@@ -184,25 +184,38 @@ func (d *Driver) endApply(l *layer) error {
 	if err != nil {
 		return err
 	}
-	if err := s.restoreLink(link, l.id); err != nil {
-		return err
-	}
 	switch d.opts.Durability {
 	case DurabilityBackground:
 		return d.recordApply(l, s, link)
 	case DurabilityStrict:
-		if err := d.syncfs(l.fd); err != nil {
-			return fmt.Errorf("sync: %w", err)
-		}
-		if err := l.unmarkIncomplete(); err != nil {
-			return err
-		}
-		if err := d.synced(sys.Fsync(l.fd)); err != nil {
-			return fmt.Errorf("sync: %w", err)
-		}
-		return nil
+		return d.endStrictly(l, s, link)
 	}
-	return l.unmarkIncomplete()
+	if err := l.unmarkIncomplete(); err != nil {
+		return err
+	}
+	_, err = s.restoreLink(link, l.id)
+	return err
+}
+
+// endStrictly is endApply with DurabilityStrict.
+func (d *Driver) endStrictly(l *layer, s *staging, link string) error {
+	if err := d.syncfs(l.fd); err != nil {
+		return fmt.Errorf("sync: %w", err)
+	}
+	if err := l.unmarkIncomplete(); err != nil {
+		return err
+	}
+	if err := d.synced(sys.Fsync(l.fd)); err != nil {
+		return fmt.Errorf("sync: %w", err)
+	}
+	restored, err := s.restoreLink(link, l.id)
+	if err != nil || !restored {
+		return err
+	}
+	if err := d.syncfs(l.fd); err != nil {
+		return fmt.Errorf("sync: %w", err)
+	}
+	return nil
 }
 
 // markIncomplete makes the marker. It is a symlink, which is whole or not there, when power is cut too.

@@ -50,6 +50,9 @@ func (d *Driver) recoverUnsynced() (err error) {
 			r.batches = append(r.batches, b)
 			continue
 		}
+		if err := r.restoreApplied(b); err != nil {
+			return errors.Join(err, sys.Close(fd))
+		}
 		d.syncer.mu.Lock()
 		d.syncer.adopted = append(d.syncer.adopted, b)
 		d.schedule(applyDelay)
@@ -120,9 +123,6 @@ func (r *replay) close() (err error) {
 }
 
 func (r *replay) run() (err error) {
-	if r.lfd, err = sys.OpenDirat(r.s.homefd, linkDir); err != nil {
-		return fmt.Errorf("%s: %w", linkDir, err)
-	}
 	for _, b := range r.batches {
 		if err := r.readBatch(b); err != nil {
 			return fmt.Errorf("%s/%s: %w", stagingDir, b.name, err)
@@ -173,7 +173,12 @@ func (r *replay) readBatch(b *batch) error {
 }
 
 // open opens the layer that a link stands for; nil if there is none.
-func (r *replay) open(link string) (*layer, error) {
+func (r *replay) open(link string) (_ *layer, err error) {
+	if r.lfd < 0 {
+		if r.lfd, err = sys.OpenDirat(r.s.homefd, linkDir); err != nil {
+			return nil, fmt.Errorf("%s: %w", linkDir, err)
+		}
+	}
 	target, err := sys.Readlinkat(r.lfd, link)
 	if err != nil {
 		return nil, ignoreAbsent(err)
@@ -245,15 +250,42 @@ func (r *replay) rewrite(l *layer, name, content string) error {
 	if err == nil {
 		err = unix.Renameat(r.s.fd, tmp, l.fd, name)
 	}
+	if err == unix.EXDEV { // a layer with a project of its own takes nothing from elsewhere
+		err = errors.Join(sys.Unlinkat(r.s.fd, tmp, 0), rewriteWithin(l, name, content))
+		if (errors.Is(err, unix.EDQUOT) || errors.Is(err, unix.ENOSPC)) && r.d.usedUp(l) {
+			// The home is of use without it, and Check reports it.
+			r.d.log.WithError(err).WithField("layer", l.id).Warnf("overlay2: %s was not on the disk when the machine stopped", name)
+			return nil
+		}
+	}
 	if err != nil {
 		return fmt.Errorf("%s/%s: %w", l.id, name, err)
 	}
 	return nil
 }
 
+// rewriteWithin is rewrite by a file in the layer's own directory.
+func rewriteWithin(l *layer, name, content string) error {
+	tmp := name + ".new"
+	if err := ignoreAbsent(sys.Unlinkat(l.fd, tmp, 0)); err != nil {
+		return err
+	}
+	if err := sys.WriteFileAt(l.fd, tmp, []byte(content), 0o644); err != nil {
+		return err
+	}
+	return unix.Renameat(l.fd, tmp, l.fd, name)
+}
+
 // loseApplied makes the layers incomplete that were filled. Their links lead nowhere from then
 // on, so that the layers above cannot be used either.
 func (r *replay) loseApplied(b *batch) error {
+	return r.eachApplied(b, func(link string) error {
+		return r.loseLayer(link, func(l *layer) error { return r.lose(b, l, link) })
+	})
+}
+
+// eachApplied calls f with the link of each layer that was filled.
+func (r *replay) eachApplied(b *batch, f func(link string) error) error {
 	var links []string
 	if err := sys.ReadNames(b.fd, func(name string) bool {
 		if link, ok := strings.CutPrefix(name, applyPrefix); ok && linkid.Valid(link) {
@@ -264,7 +296,7 @@ func (r *replay) loseApplied(b *batch) error {
 		return fmt.Errorf("%s/%s: %w", stagingDir, b.name, err)
 	}
 	for _, link := range links {
-		if err := r.loseLayer(link, func(l *layer) error { return r.lose(b, l, link) }); err != nil {
+		if err := f(link); err != nil {
 			return err
 		}
 	}
@@ -273,6 +305,14 @@ func (r *replay) loseApplied(b *batch) error {
 
 // loseLayer calls lose with the layer of a link, if there is one.
 func (r *replay) loseLayer(link string, lose func(*layer) error) error {
+	return r.ownLayer(link, func(l *layer) error {
+		r.lost = append(r.lost, l.id)
+		return lose(l)
+	})
+}
+
+// ownLayer calls f with the layer of a link, if there is one and the link is its own.
+func (r *replay) ownLayer(link string, f func(*layer) error) error {
 	l, err := r.open(link)
 	if err != nil || l == nil {
 		return err
@@ -285,8 +325,7 @@ func (r *replay) loseLayer(link string, lose func(*layer) error) error {
 	if err != nil || own != link {
 		return nil // the ID is another layer's now
 	}
-	r.lost = append(r.lost, l.id)
-	if err := lose(l); err != nil {
+	if err := f(l); err != nil {
 		return fmt.Errorf("%s: %w", l.id, err)
 	}
 	return nil
@@ -331,18 +370,32 @@ func (s *staging) leadsNowhere(l *layer, links []string) (bool, error) {
 	return target == incompleteTarget(l.id), err
 }
 
-// restoreLink makes the link of a layer that has content again lead to it.
-func (s *staging) restoreLink(link, id string) error {
+// restoreLink makes the link of a layer that has content again lead to it. It comes last, when the layer is whole but for it: what is
+// above must not be mounted over a layer that is still incomplete.
+func (s *staging) restoreLink(link, id string) (restored bool, err error) {
 	lfd, err := sys.OpenDirat(s.homefd, linkDir)
 	if err != nil {
-		return fmt.Errorf("%s: %w", linkDir, err)
+		return false, fmt.Errorf("%s: %w", linkDir, err)
 	}
 	target, err := sys.Readlinkat(lfd, link)
 	_ = sys.Close(lfd) // opened for reading: nothing can be lost
 	if err == nil && target == incompleteTarget(id) {
-		return s.setLink(link, linkTarget(id))
+		return true, s.setLink(link, linkTarget(id))
 	}
-	return nil // a link that is lost or leads elsewhere is not for an apply to mend
+	return false, nil // a link that is lost or leads elsewhere is not for an apply to mend
+}
+
+// restoreApplied restores the links of layers that were filled by a process that ended before it had.
+func (r *replay) restoreApplied(b *batch) error {
+	return r.eachApplied(b, func(link string) error {
+		return r.ownLayer(link, func(l *layer) error {
+			if mark, err := l.incomplete(); err != nil || mark != "" {
+				return err
+			}
+			_, err := r.s.restoreLink(link, l.id)
+			return err
+		})
+	})
 }
 
 // setLink replaces a link in l/, by a rename.

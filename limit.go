@@ -50,7 +50,11 @@ func (d *Driver) unlimit(name string) error {
 	if d.quota == nil {
 		return nil
 	}
-	return ignoreAbsent(d.quota.Clear(filepath.Join(d.home, stagingDir, name)))
+	err := d.quota.Clear(filepath.Join(d.home, stagingDir, name))
+	if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
+		return nil // a file or a link that was to be renamed when the process ended: it has no limits
+	}
+	return ignoreAbsent(err)
 }
 
 // limitedUnpack is archive.Unpack for a layer that may have limits. ext4 does not hold
@@ -87,6 +91,16 @@ func (d *Driver) limitedUnpack(l *layer, unpack func(context.Context, func(archi
 
 // dir returns the host path of the layer's directory.
 func (l *layer) dir() string { return filepath.Join(l.home, l.id) }
+
+// usedUp reports whether a layer's limits leave no room for another file.
+func (d *Driver) usedUp(l *layer) bool {
+	if d.quota == nil {
+		return false
+	}
+	const file = 64 << 10 // a block, and what the directory grows by
+	may, has, err := d.quota.Get(l.dir())
+	return err == nil && (may.Bytes != 0 && has.Bytes+file > may.Bytes || may.Inodes != 0 && has.Inodes >= may.Inodes)
+}
 
 // checkLimits returns EDQUOT if a layer holds more than it may.
 func (d *Driver) checkLimits(l *layer) error {

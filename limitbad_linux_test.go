@@ -159,3 +159,51 @@ func wantUserns(t *testing.T, err error) {
 		t.Errorf("error %v", err)
 	}
 }
+
+// TestLimitDigests: digests count against a layer's limits, and an apply that has no room for them is not taken for one that ended well.
+func TestLimitDigests(t *testing.T) {
+	eachQuotaFS(t, func(t *testing.T, home string) {
+		d := newTestDriver(t, home, Options{RecordDigests: true})
+		must(t, d.CreateReadWrite("box", "", storage("size=1m")))
+		var entries []tarEntry
+		for i := range 9000 {
+			entries = append(entries, file(fmt.Sprintf("a-long-name-a-long-name-a-long-name/%d", i), ""))
+		}
+		_, err := d.ApplyDiff("box", "", bytes.NewReader(makeTar(t, entries...)))
+		u, err2 := d.Usage("box")
+		must(t, err2)
+		if err == nil || u.Bytes > u.MaxBytes && !errors.Is(err, unix.EDQUOT) {
+			t.Errorf("%v, %+v", err, u)
+		}
+	})
+}
+
+// TestLimitedPowerCut: after a power cut New writes the files of a layer with limits again, though it takes nothing from elsewhere;
+// one whose limit is used up does not keep it from opening the home.
+func TestLimitedPowerCut(t *testing.T) {
+	eachQuotaFS(t, func(t *testing.T, dir string) {
+		for _, full := range []bool{false, true} {
+			home := fmt.Sprint(dir, "/", full)
+			d, err := New(home, quietOptions(DurabilityBackground))
+			must(t, err)
+			must(t, errors.Join(d.Create("base", "", nil), d.Sync(), d.CreateReadWrite("box", "base", storage("size=8m"))))
+			failUnsynced(t, d)
+			must(t, errors.Join(os.Truncate(home+"/box/link", 0), os.Truncate(home+"/box/lower", 0)))
+			if full {
+				overlaytest.WithoutCap(t, unix.CAP_SYS_RESOURCE, func() {
+					for i, size := range []int{1 << 20, 4096, 1} {
+						for j := 0; os.WriteFile(fmt.Sprintf("%s/box/diff/%d-%d", home, i, j), make([]byte, size), 0o600) == nil; j++ {
+						}
+					}
+				})
+			}
+			_ = d.Cleanup() // nothing more can be synced
+			d, err = New(home, quietOptions(DurabilityBackground))
+			must(t, err)
+			if !full {
+				getPut(t, d, "box", 1)
+			}
+			must(t, d.Cleanup())
+		}
+	})
+}

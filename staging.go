@@ -205,11 +205,12 @@ func ignoreAbsent(err error) error {
 // trash deletes removed layers in the background, one goroutine at a time, which ends
 // when there is nothing left to delete.
 type trash struct {
-	mu      sync.Mutex
-	items   []trashItem
-	failed  []trashItem // for want of descriptors or the like: deleted with the next
-	running bool
-	idle    sync.WaitGroup
+	mu     sync.Mutex
+	items  []trashItem
+	failed []trashItem // for want of descriptors or the like: deleted with the next
+	// done is closed when nothing is left to delete, nil while nothing is being deleted. A WaitGroup may not be used again
+	// before all who wait have returned.
+	done chan struct{}
 }
 
 // trashItem is an entry of the staging directory to be deleted.
@@ -233,21 +234,29 @@ func (t *trash) addItems(d *Driver, items ...trashItem) {
 	defer t.mu.Unlock()
 	t.items = append(append(t.items, t.failed...), items...)
 	t.failed = nil
-	if t.running || len(t.items) == 0 {
+	if t.done != nil || len(t.items) == 0 {
 		return
 	}
-	t.running = true
-	t.idle.Go(func() { t.run(d) })
+	t.done = make(chan struct{})
+	go t.run(d)
 }
 
 // wait returns when everything queued so far has been deleted.
-func (t *trash) wait() { t.idle.Wait() }
+func (t *trash) wait() {
+	t.mu.Lock()
+	done := t.done
+	t.mu.Unlock()
+	if done != nil {
+		<-done
+	}
+}
 
 func (t *trash) run(d *Driver) {
 	for {
 		t.mu.Lock()
 		if len(t.items) == 0 {
-			t.running = false
+			close(t.done)
+			t.done = nil
 			t.mu.Unlock()
 			return
 		}

@@ -331,7 +331,15 @@ func (d *Driver) recordApply(l *layer, s *staging, link string) error {
 		return err
 	}
 	defer d.leave(b, syncWhole, applyDelay)
-	entry := applyPrefix + link
+	if err := l.noteApplied(b, applyPrefix+link); err != nil {
+		return err
+	}
+	_, err = s.restoreLink(link, l.id) // before the batch can be synced
+	return err
+}
+
+// noteApplied turns the marker into an entry of the batch.
+func (l *layer) noteApplied(b *batch, entry string) error {
 	switch err := sys.RenameNoReplace(l.fd, incompleteName, b.fd, entry); err {
 	case nil:
 		return nil

@@ -91,23 +91,40 @@ func (d *Driver) resetVolatile(id string) error {
 	} else if mounted {
 		return fmt.Errorf("%w: mounted", ErrLayerInUse)
 	}
-	if err := l.unmarkVolatile(); err != nil {
+	if _, err := l.unmarkVolatile(); err != nil {
 		return err
 	}
 	d.volatile.drop(id)
 	return nil
 }
 
-// unmarkVolatile removes the kernel's mark.
-func (l *layer) unmarkVolatile() error {
+// unmarkVolatile removes the kernel's mark, if there is one.
+func (l *layer) unmarkVolatile() (marked bool, err error) {
 	fd, err := sys.OpenBeneath(l.fd, workName+"/work")
 	if err == unix.ENOENT {
-		return nil
+		return false, nil
 	}
 	if err != nil {
-		return corrupt("%s/work: %w", workName, err)
+		return false, corrupt("%s/work: %w", workName, err)
 	}
-	return errors.Join(sys.RemoveAllAt(fd, "incompat"), sys.Close(fd))
+	var st unix.Stat_t
+	marked = sys.Fstatat(fd, "incompat/volatile", &st) == nil
+	return marked, errors.Join(sys.RemoveAllAt(fd, "incompat"), sys.Close(fd))
+}
+
+// markVolatile makes the mark again that unmarkVolatile removed.
+func (l *layer) markVolatile() error {
+	fd, err := sys.OpenBeneath(l.fd, workName)
+	if err != nil {
+		return corrupt("%s: %w", workName, err)
+	}
+	for _, name := range []string{"work", "work/incompat", "work/incompat/volatile"} {
+		if err = sys.Mkdirat(fd, name, 0o700); err != nil && err != unix.EEXIST {
+			break
+		}
+		err = nil
+	}
+	return errors.Join(err, sys.Close(fd))
 }
 
 // adoptVolatile takes over a layer that is mounted: if it is marked then by that very mount.
@@ -124,12 +141,18 @@ func (d *Driver) adoptVolatile(l *layer) error {
 
 // mountVolatile calls mount for a layer that may be marked. Another Driver's mark is ErrUnsynced.
 func (d *Driver) mountVolatile(l *layer, mount func() error) error {
+	marked := false
 	if d.volatile.has(l.id) {
-		if err := l.unmarkVolatile(); err != nil {
+		var err error
+		if marked, err = l.unmarkVolatile(); err != nil {
 			return err
 		}
 	}
 	err := mount()
+	if err != nil && marked {
+		// What was written is no more on the disk than before. A kill or a power cut in the moment between is not noticed.
+		return errors.Join(err, l.markVolatile())
+	}
 	switch {
 	case errors.Is(err, unix.EINVAL): // the kernel's answer to a mark
 		return errors.Join(d.checkSynced(l), err)

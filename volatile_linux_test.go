@@ -222,3 +222,25 @@ func TestResetVolatileRace(t *testing.T) {
 	all.Wait()
 	must(t, errors.Join(other.Cleanup(), d.Cleanup()))
 }
+
+// TestVolatileMountFails: a mount that fails leaves the mark of what was written before, and the layer can be mounted again.
+func TestVolatileMountFails(t *testing.T) {
+	opts := quietOptions(DurabilityOff)
+	opts.MountOptions = []string{"volatile"}
+	d := newTestDriver(t, t.TempDir(), opts)
+	must(t, d.CreateReadWrite("box", deepChain(t, d, 2), nil))
+	getPut(t, d, "box", 1)
+	for range 2 {
+		var err error
+		overlaytest.WithoutCap(t, unix.CAP_SYS_ADMIN, func() { _, err = d.Get("box", "") })
+		wantErr(t, err, unix.EPERM)
+		if _, err := os.Lstat(d.home + "/box/" + volatileMark); err != nil {
+			t.Error(err)
+		}
+		next := openTestDriver(t, d.home, opts)
+		_, err = next.Get("box", "")
+		wantErr(t, err, ErrUnsynced)
+		getPut(t, d, "box", 1)
+	}
+	must(t, d.ResetVolatile("box")) // or Check by the other Drivers finds it
+}

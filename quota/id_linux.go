@@ -56,7 +56,7 @@ func (c *Control) free(k kernel) (uint32, error) {
 	if c.base >= maxID-1 {
 		return 0, fmt.Errorf("above the home's project %d there is no id for layers: %w", c.base, unix.ENOSPC)
 	}
-	first := c.base + 2 // the one before is Docker's, which sets its size limit to 0 whenever it starts
+	first := c.firstID()
 	id, err := c.freeFrom(k, max(c.nextID, first))
 	if id == 0 && err == nil {
 		id, err = c.freeFrom(k, first)
@@ -74,6 +74,18 @@ func (c *Control) free(k kernel) (uint32, error) {
 		c.nextID = min(id, maxID-1) + 1
 	}
 	return id, err
+}
+
+// homelessID is where the ids of layers begin whose home has no project of its own. Docker counts up from 2 in such a home, and
+// takes what it comes to without asking whether another home of the filesystem has it.
+const homelessID = 1 << 20
+
+// firstID returns the lowest id for layers.
+func (c *Control) firstID() uint32 {
+	if c.base == 0 {
+		return homelessID
+	}
+	return c.base + 2 // the one before is Docker's, which sets its size limit to 0 whenever it starts
 }
 
 // freeFrom returns a free id at or above start, 0 if it came upon none. Layers have ids
