@@ -34,8 +34,8 @@ import (
 // link of one elsewhere in a lower layer becomes a file of its own.
 //
 // Errors of the stream are *EntryError: over ErrChanged if the tree changes meanwhile in a way
-// that the archive cannot hold, over ErrInvalidWhiteout for a file whose name could be
-// taken for a mark, over ErrUnmapped for an owner outside the id map. A stream that failed
+// that the archive cannot hold, over ErrInvalidWhiteout for a file, there or deleted,
+// whose name could be taken for a mark, over ErrUnmapped for an owner outside the id map. A stream that failed
 // never ends in io.EOF.
 func Pack(ctx context.Context, dir string, opts PackOptions) (Reader, error) {
 	p := &packer{ctx: ctx, opts: opts, links: make(map[inode]link)}

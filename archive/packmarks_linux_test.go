@@ -147,6 +147,15 @@ func TestPackFileNamedLikeAMark(t *testing.T) {
 			}
 		}
 	}
+	// Deleted, it has no whiteout: that of ".wh..opq" would be the opaque mark.
+	for _, path := range []string{"/d/.wh..opq", "/d/.wh.x", "/d/.wh."} {
+		dir := t.TempDir()
+		overlaytest.Build(t, dir, "file d/keep")
+		opts := PackOptions{Format: Merged, Changes: []Change{{"/d", Modified}, {path, Deleted}}}
+		if err := packErr(t, dir, path[1:], opts); !errors.Is(err, ErrInvalidWhiteout) {
+			t.Errorf("%s deleted: %v", path, err)
+		}
+	}
 	// In a merged tree a device 0:0 is no deletion either.
 	dir := t.TempDir()
 	overlaytest.Build(t, dir, "whiteout w")

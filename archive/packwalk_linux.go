@@ -47,11 +47,11 @@ func (p *packer) next() error {
 		return p.leave()
 	}
 	p.entry = append(append(p.entry[:0], p.path...), name[:len(name)-1]...)
-	if typ == pickDeleted {
-		return p.whiteout(name)
-	}
 	if bytes.HasPrefix(name, []byte(whiteoutPrefix)) {
 		return fmt.Errorf("a file has the name of a mark: %w", ErrInvalidWhiteout)
+	}
+	if typ == pickDeleted {
+		return p.whiteout(name)
 	}
 	f := &p.frames[len(p.frames)-1]
 	src := source{dirfd: d.fd, name: name}
