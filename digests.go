@@ -120,7 +120,11 @@ func (s *digester) entry(h *tar.Header, content io.Reader) error {
 	} else {
 		b = strconv.AppendInt(b, h.Size, 10)
 	}
-	b = s.xattrs(append(b, ' '), h.PAXRecords)
+	if b = append(b, ' '); kind == "link" {
+		b = append(b, '-') // they are in the line of the file's first name
+	} else {
+		b = s.xattrs(b, h.PAXRecords)
+	}
 	b = append(strconv.AppendQuote(append(b, ' '), name), ' ')
 	switch kind {
 	case "file":

@@ -1,6 +1,7 @@
 package overlay2
 
 import (
+	"archive/tar"
 	"bytes"
 	"crypto/sha256"
 	"errors"
@@ -10,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // digestLines are lines of each kind, in order.
@@ -52,6 +54,20 @@ func compareLines(t testing.TB, text string, lines []string) (found []Difference
 	}
 	must(t, c.end())
 	return found
+}
+
+// TestDigestOfLink: the xattrs that a link's entry repeats are in the line of the first name alone, where digests have them
+// that were recorded before entries of links had any.
+func TestDigestOfLink(t *testing.T) {
+	h := tar.Header{
+		Name: "t", Typeflag: tar.TypeLink, Linkname: "a.b", Mode: 0o644, Uid: 1, Gid: 2, ModTime: time.Unix(1, 5e8),
+		PAXRecords: map[string]string{"SCHILY.xattr.security.capability": "x"},
+	}
+	s := newDigester()
+	must(t, s.entry(&h, nil))
+	if !strings.HasSuffix(digestLines, "\n"+string(s.line)) {
+		t.Errorf("got %s", s.line)
+	}
 }
 
 // TestDigests: what the writer writes is read, and what it would not write is ErrCorrupt, with a right sum too.

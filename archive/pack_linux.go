@@ -27,7 +27,7 @@ import (
 // Marks of the overlay formats become ".wh.NAME" (mode 0, owner 0:0, time 0) and
 // ".wh..wh..opq". With Lowers known, those are left out where no lower directory merges, and
 // so nothing is to be hidden. Xattrs are those of PackOptions.Xattrs, with ACLs also as SCHILY.acl;
-// others but overlayfs's own are counted.
+// others but overlayfs's own are counted. Further names of a file have only its security.capability, as in Docker's tars.
 // Sockets are left out and counted.
 //
 // A renamed directory (redirect_dir) is packed with all that it shows: a file in it that was a
@@ -90,7 +90,10 @@ type packer struct {
 // link is a file with several names of which one was written.
 type link struct {
 	name string
-	left uint32 // names still to come
+	// capability is what the entries of the other names need, too: Docker and containerd change the owner of what such
+	// an entry leads to, which clears security.capability and no other xattr, and then set the entry's xattrs.
+	capability string
+	left       uint32 // names still to come
 }
 
 // open opens dir and the lowers, and begins with the root.

@@ -117,6 +117,25 @@ p 6 644 0:0
 zero 3 644 0:0`)
 }
 
+// A file's capability is in the entry of each of its names: moby and containerd change the owner of what a link leads
+// to, which takes the capability away, and then set the xattrs of the link's entry. To Unpack it makes no difference.
+func TestPackLinkCapability(t *testing.T) {
+	overlaytest.Require(t, "root", "tmpfs")
+	const value = `security.capability="\x01\x00\x00\x02\x00 ` + `\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"`
+	base := overlaytest.MountFS(t, overlaytest.FS{Name: "tmpfs"})
+	dir, to, old := filepath.Join(base, "d"), filepath.Join(base, "to"), filepath.Join(base, "old")
+	overlaytest.Build(t, dir, "dir . 0755 mtime=1.0\nfile a \"x\" 0755 mtime=1.0 user.a=1 "+value+"\nlink b -> a mtime=1.0\nlink c -> a mtime=1.0\nfifo p\nlink q -> p mtime=1.0\n")
+	b := packed(t, dir, PackOptions{})
+	wantEntries(t, entries(t, b), "a 0 755 0:0 \"x\" "+value+" user.a=\"1\"\nb 1 755 0:0 -> a "+value+"\nc 1 755 0:0 -> a "+value+"\np 6 644 0:0\nq 1 644 0:0 -> p")
+	unpackInto(t, to, b, UnpackOptions{})
+	overlaytest.Compare(t, overlaytest.Tree(t, dir, overlaytest.NoRoot), overlaytest.Tree(t, to, overlaytest.NoRoot))
+	unpackInto(t, old, mustTar(t, "file a \"x\" 0755 mtime=1 user.a=1 "+value+"\nlink b -> a\nlink c -> a\nfifo p mtime=1\nlink q -> p\n"), UnpackOptions{})
+	overlaytest.Compare(t, overlaytest.Tree(t, dir, overlaytest.NoRoot), overlaytest.Tree(t, old, overlaytest.NoRoot))
+	if !bytes.Equal(packed(t, old, PackOptions{}), b) {
+		t.Error("another tar")
+	}
+}
+
 // Every piece size gives the same bytes, and the same tree does.
 func TestPackDeterministic(t *testing.T) {
 	overlaytest.Require(t, "root")

@@ -86,9 +86,7 @@ func (p *packer) write(st *sys.Stat, h *packHeader) error {
 	if c := p.opts.Clamp; !c.IsZero() && (h.mtime > c.Unix() || (h.mtime == c.Unix() && h.mtimeNsec > uint32(c.Nanosecond()))) {
 		h.mtime, h.mtimeNsec = c.Unix(), uint32(c.Nanosecond())
 	}
-	if h.typ != typeLink {
-		h.xattrs = p.xattrs
-	}
+	h.xattrs = p.xattrs
 	p.out = p.header.append(p.out, h)
 	p.stats.Entries++
 	return nil
@@ -127,11 +125,22 @@ func (p *packer) hardLink(st *sys.Stat) (written, first bool, err error) {
 	} else {
 		p.links[id] = l
 	}
+	p.xattrs = p.xattrs[:0]
+	if l.capability != "" {
+		p.xattrs = append(p.xattrs, tarXattr{xattrCapability, l.capability})
+	}
 	return true, false, p.write(st, &packHeader{typ: typeLink, link: []byte(l.name)})
 }
 
+// keepLink notes the entry at hand, of which p.xattrs are those, as the first name of a file with several.
 func (p *packer) keepLink(st *sys.Stat) {
-	p.links[inode{st.Dev, st.Ino}] = link{name: string(p.entry), left: st.Nlink - 1}
+	l := link{name: string(p.entry), left: st.Nlink - 1}
+	for _, x := range p.xattrs {
+		if x.name == xattrCapability {
+			l.capability = x.value
+		}
+	}
+	p.links[inode{st.Dev, st.Ino}] = l
 }
 
 // node writes an entry that has no content: symlink, device, fifo. A whiteout on disk
