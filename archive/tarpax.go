@@ -129,10 +129,28 @@ func (p *paxRecords) setXattr(name, value string) error {
 
 // unescapeKey undoes escapeKey: "=" can't be in a keyword.
 func unescapeKey(name string) string {
-	if !strings.Contains(name, "%3D") {
+	if !isEscapedKey(name) {
 		return name
 	}
 	return strings.ReplaceAll(strings.ReplaceAll(name, "%3D", "="), "%25", "%")
+}
+
+// isEscapedKey says that a keyword has an escaped "=", however often that was escaped. A "%25" alone is none: Docker
+// writes names as they are.
+func isEscapedKey(name string) bool {
+	for {
+		_, after, found := strings.Cut(name, "%")
+		if !found {
+			return false
+		}
+		name = after
+		for strings.HasPrefix(after, "25") {
+			after = after[2:]
+		}
+		if strings.HasPrefix(after, "3D") {
+			return true
+		}
+	}
 }
 
 // apply puts the records into e, where size is the one in its header, and returns the

@@ -256,9 +256,10 @@ func decimals(n int) int {
 	return d
 }
 
-// escapeKey makes the name of an xattr a keyword, which ends at the first "=": as GNU tar does.
+// escapeKey makes the name of an xattr a keyword, which ends at the first "=": as GNU tar does, but
+// only where the name has one or would be taken for escaped, as other readers know no escapes.
 func escapeKey(name string) string {
-	if !strings.Contains(name, "=") {
+	if !strings.Contains(name, "=") && !isEscapedKey(name) {
 		return name
 	}
 	return strings.ReplaceAll(strings.ReplaceAll(name, "%", "%25"), "=", "%3D")

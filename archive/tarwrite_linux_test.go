@@ -92,6 +92,35 @@ func TestAppendTime(t *testing.T) {
 	}
 }
 
+// Names of xattrs come back whatever they hold; what needs no escape has none, as readers but GNU's and ours know none.
+func TestEscapeKey(t *testing.T) {
+	for name, want := range map[string]string{
+		"user.a": "user.a", "user.a%b": "user.a%b", "user.a%25b": "user.a%25b", "user.a%2525": "user.a%2525",
+		"user.a=b": "user.a%3Db", "user.%=": "user.%25%3D", "user.a%3Db": "user.a%253Db", "user.a%253Db": "user.a%25253Db",
+		"user.%25%253D": "user.%2525%25253D", "user.%%3D": "user.%25%253D", "user.%25": "user.%25", "user.a%": "user.a%", "user.%3d": "user.%3d",
+	} {
+		if got := escapeKey(name); got != want {
+			t.Errorf("%s: %s, want %s", name, got, want)
+		}
+		if got := unescapeKey(want); got != name {
+			t.Errorf("%s: back %s", name, got)
+		}
+	}
+	// All names of up to six parts.
+	var all func(name string, parts int)
+	all = func(name string, parts int) {
+		if back := unescapeKey(escapeKey(name)); back != name {
+			t.Errorf("%s: %s, back %s", name, escapeKey(name), back)
+		}
+		for _, part := range []string{"%", "25", "3D", "=", "x"} {
+			if parts > 0 {
+				all(name+part, parts-1)
+			}
+		}
+	}
+	all("", 6)
+}
+
 // FuzzHeaderWriter holds what is written against what archive/tar reads.
 func FuzzHeaderWriter(f *testing.F) {
 	f.Add("a/b", "c", uint32(0o4755), uint32(0), uint32(1<<31), int64(3), int64(-1), uint32(5), "user.x", "v", byte(0))
