@@ -88,14 +88,10 @@ func (d *mergedDir) openOwn(name string) (int, error) {
 		defer func() { _ = sys.Close(parent) }() // O_PATH: nothing can be lost
 		dirfd = parent
 	}
-	var st unix.Stat_t
-	if err := sys.Fstatat(dirfd, base, &st); err != nil {
-		return -1, err
+	if strings.IndexByte(base, 0) >= 0 {
+		return -1, unix.EINVAL // a sys.Name would end there
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFREG {
-		return -1, unix.ENOENT // a device is never opened
-	}
-	fd, err := sys.Openat(dirfd, base, unix.O_RDONLY|unix.O_NONBLOCK, 0)
+	fd, err := sys.OpenRegular(dirfd, sys.MakeName(base))
 	if err != nil {
 		return -1, err
 	}

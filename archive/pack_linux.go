@@ -30,6 +30,10 @@ import (
 // others but overlayfs's own are counted. Further names of a file have only its security.capability, as in Docker's tars.
 // Sockets are left out and counted.
 //
+// No device is ever opened, nor a fifo waited for, whatever another process puts into the tree meanwhile.
+// What is mounted beneath dir is packed too, but with the overlay formats, for which overlayfs sees no such mounts, not if it is
+// unbindable (mount_namespaces(7)).
+//
 // A renamed directory (redirect_dir) is packed with all that it shows: a file in it that was a
 // link of one elsewhere in a lower layer becomes a file of its own.
 //
@@ -38,7 +42,7 @@ import (
 // whose name could be taken for a mark, over ErrUnmapped for an owner outside the id map. A stream that failed
 // never ends in io.EOF.
 func Pack(ctx context.Context, dir string, opts PackOptions) (Reader, error) {
-	p := &packer{ctx: ctx, opts: opts, links: make(map[inode]link)}
+	p := &packer{ctx: ctx, opts: opts, links: make(map[inode]link), noDevices: -1}
 	p.body.fd = -1
 	p.walk.stop = p.goOn
 	p.attrs.choice = opts.Xattrs
@@ -63,6 +67,8 @@ type packer struct {
 	// walk and frames are the directories that it is in.
 	walk   walk
 	frames []packFrame
+	// noDevices is the mount that the walk is in, on which no device can be opened, whoever puts it there; -1 for none.
+	noDevices int
 	// lowers is the root of the view of opts.Lowers, nil without.
 	lowers *mergedDir
 	// picked are the names to pack in each directory, by its path with a trailing slash; nil means all.
@@ -115,6 +121,7 @@ func (p *packer) open(dir string) error {
 		}
 		p.attrs.raw = fsInfo.Type == unix.OVERLAYFS_SUPER_MAGIC
 	}
+	fd = p.forbidDevices(fd)
 	if len(lowers) > 0 {
 		if p.lowers, err = openLowers(lowers, p.opts.Format); err != nil {
 			_ = sys.Close(fd)
@@ -135,6 +142,30 @@ func (p *packer) open(dir string) error {
 	}
 	p.frames = append(p.frames, packFrame{low: p.lowers, lowKnown: true, marks: m})
 	return p.enter(fd)
+}
+
+// forbidDevices returns the root fd or, in its place, the same directory on a mount of our own without devices. Where that
+// is not to be had, files are opened in a slower way. So they are where something may be mounted beneath a tree that
+// is no layer's: an unbindable mount would not be seen, others would stay in use though somebody unmounts them. Overlayfs
+// itself sees nothing that is mounted beneath a layer's directory.
+func (p *packer) forbidDevices(fd int) int {
+	if p.opts.Format == Merged {
+		if has, err := sys.HasMounts(fd); err != nil || has {
+			return fd
+		}
+	}
+	tree, err := sys.CloneNoDevices(fd)
+	if err != nil {
+		return fd
+	}
+	root, err := sys.OpenDirat(tree, ".")
+	if err != nil {
+		_ = sys.Close(tree)
+		return fd
+	}
+	_ = sys.Close(fd) // read only: nothing can be lost
+	p.noDevices = tree
+	return root
 }
 
 // Read fills b with as much of the archive as fits. Pieces of 64 KiB and more are
@@ -239,6 +270,10 @@ func (p *packer) release() {
 	}
 	p.frames = nil
 	p.lowers.close()
+	if p.noDevices >= 0 {
+		_ = sys.Close(p.noDevices) // a mount that is in no table goes with its descriptor
+		p.noDevices = -1
+	}
 	p.links = nil
 }
 

@@ -1,6 +1,7 @@
 package archive
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 
@@ -194,7 +195,7 @@ func (p *packer) node(src source, f *packFrame) error {
 
 // file begins a regular file.
 func (p *packer) file(src source, f *packFrame) error {
-	fd, err := sys.OpenQuiet(src.dirfd, src.name, unix.O_RDONLY|unix.O_NONBLOCK)
+	fd, err := p.openSource(src, f)
 	if err != nil {
 		return replaced(err)
 	}
@@ -203,6 +204,19 @@ func (p *packer) file(src source, f *packFrame) error {
 		return err
 	}
 	return nil
+}
+
+// openSource opens what was a regular file when its directory was listed. A process in a container may have put
+// something else there since.
+func (p *packer) openSource(src source, f *packFrame) (int, error) {
+	if p.noDevices < 0 || f.view != nil {
+		return sys.OpenRegular(src.dirfd, src.name)
+	}
+	fd, err := sys.OpenUnsafe(src.dirfd, src.name)
+	if errors.Is(err, unix.EACCES) {
+		return sys.OpenRegular(src.dirfd, src.name) // says whether it was a device
+	}
+	return fd, err
 }
 
 // openFile writes the header of the regular file fd, and makes fd the body or closes it.

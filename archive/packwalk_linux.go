@@ -264,7 +264,7 @@ func (p *packer) redirected(fd int, name sys.Name, m marks) (*mergedDir, error) 
 
 // replaced says that something else was found than was listed.
 func replaced(err error) error {
-	if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENXIO) {
+	if errors.Is(err, sys.ErrNotRegular) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENXIO) {
 		return fmt.Errorf("%w: %w", ErrChanged, err)
 	}
 	return err

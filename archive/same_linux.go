@@ -2,7 +2,6 @@ package archive
 
 import (
 	"bytes"
-	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -166,17 +165,9 @@ func (c *comparer) sameContent(a, b *fileAt) (bool, error) {
 
 // openRegular opens a regular file by its name; it was one a moment ago.
 func openRegular(dirfd int, name sys.Name) (int, error) {
-	fd, err := sys.OpenQuiet(dirfd, name, unix.O_RDONLY|unix.O_NONBLOCK)
+	fd, err := sys.OpenRegular(dirfd, name)
 	if err != nil {
 		return -1, replaced(err)
-	}
-	var st sys.Stat
-	if err := sys.StatFd(fd, &st); err != nil || st.Type() != unix.S_IFREG {
-		_ = sys.Close(fd)
-		if err == nil {
-			err = fmt.Errorf("no regular file any more: %w", ErrChanged)
-		}
-		return -1, err
 	}
 	return fd, nil
 }

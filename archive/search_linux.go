@@ -77,17 +77,13 @@ func (s *search) single(p lowerDir, comp, pre, post string) (lowerDir, error) {
 	return hit, nil
 }
 
-// openFile opens name if it is a regular file, else it is ENOTDIR. Nothing else is
-// opened: opening a device or a fifo can have effects.
+// openFile opens name if it is a regular file, else it is ENOTDIR.
 func (s *search) openFile(dirfd int, name string) (int, error) {
-	var st unix.Stat_t
-	if err := sys.Fstatat(dirfd, name, &st); err != nil {
-		return -1, err
+	fd, err := sys.OpenRegular(dirfd, sys.MakeName(name))
+	if errors.Is(err, sys.ErrNotRegular) {
+		err = unix.ENOTDIR
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFREG {
-		return -1, unix.ENOTDIR
-	}
-	return sys.Openat(dirfd, name, unix.O_RDONLY|unix.O_NONBLOCK, 0)
+	return fd, err
 }
 
 // obey takes in what the marks of a file or directory say about the layers further

@@ -1,9 +1,11 @@
 package archive
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/bcc2decd/overlay2/internal/sys"
+	"golang.org/x/sys/unix"
 )
 
 // walkDir is a directory that a walk is in.
@@ -118,6 +120,9 @@ func (w *walk) pop() error {
 
 func (d *walkDir) unpark(below int) error {
 	fd, err := sys.OpenDirat(below, "..")
+	if errors.Is(err, unix.ENOENT) { // out of the mount that the walk is in
+		return fmt.Errorf("directory was moved: %w: %w", ErrChanged, err)
+	}
 	if err != nil {
 		return err
 	}

@@ -126,6 +126,16 @@ func MountID(fd int) (int, error) {
 	return 0, fmt.Errorf("fdinfo without mnt_id: %w", unix.ENOSYS)
 }
 
+// HasMounts reports whether anything is mounted on the mount that fd was opened on, as far as the process's namespace shows.
+func HasMounts(fd int) (has bool, err error) {
+	id, err := MountID(fd)
+	if err != nil {
+		return false, err
+	}
+	err = MountPoints(func(m MountPoint) { has = has || m.Parent == id })
+	return has, err
+}
+
 // BindSelf mounts the open directory on path, which is its own, and calls attach with the new mount's ID before it is
 // there for others to see.
 func BindSelf(dirfd int, path string, attach func(id int) error) error {

@@ -25,12 +25,20 @@ func CloneMapped(dirfd, userns int, readOnly bool) (int, error) {
 	return cloneAs(dirfd, attr)
 }
 
-func cloneAs(dirfd int, attr unix.MountAttr) (int, error) {
-	fd, err := unix.OpenTree(dirfd, "", cloneFlags|unix.AT_EMPTY_PATH)
+// CloneNoDevices returns a descriptor of a detached mount of the open directory, with what is mounted beneath but
+// for what is unbindable (mount_namespaces(7)). To open a device there is EACCES before its driver is asked.
+func CloneNoDevices(dirfd int) (int, error) {
+	return cloneWith(dirfd, unix.AT_RECURSIVE, unix.MountAttr{Attr_set: unix.MOUNT_ATTR_NODEV})
+}
+
+func cloneAs(dirfd int, attr unix.MountAttr) (int, error) { return cloneWith(dirfd, 0, attr) }
+
+func cloneWith(dirfd int, flags uint, attr unix.MountAttr) (int, error) {
+	fd, err := unix.OpenTree(dirfd, "", cloneFlags|unix.AT_EMPTY_PATH|flags)
 	if err != nil {
 		return -1, &MountError{Call: "open_tree", Target: ProcPath(dirfd), Err: err}
 	}
-	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr); err != nil {
+	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH|flags, &attr); err != nil {
 		_ = Close(fd)
 		return -1, &MountError{Call: "mount_setattr", Target: ProcPath(dirfd), Err: err}
 	}
