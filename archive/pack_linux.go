@@ -39,7 +39,8 @@ import (
 //
 // Errors of the stream are *EntryError: over ErrChanged if the tree changes meanwhile in a way
 // that the archive cannot hold, over ErrInvalidWhiteout for a file, there or deleted,
-// whose name could be taken for a mark, over ErrUnmapped for an owner outside the id map. A stream that failed
+// whose name could be taken for a mark, over ErrUnmapped for an owner outside the id map, over ENAMETOOLONG and
+// E2BIG for what Unpack would refuse: paths of more than 64 KiB, and of one file more than 4,096 xattrs or 1 MiB of them. A stream that failed
 // never ends in io.EOF.
 func Pack(ctx context.Context, dir string, opts PackOptions) (Reader, error) {
 	p := &packer{ctx: ctx, opts: opts, links: make(map[inode]link), noDevices: -1}

@@ -122,13 +122,17 @@ func readFragments(fd int, st *sys.Stat) ([]dataFragment, error) {
 }
 
 // formatFragments returns GNU's map for format 1.0 (a count, then offset and length of each
-// fragment, a decimal a line, padded to a block) and the length of the data.
+// fragment, a decimal a line, padded to a block) and the length of the data. A map of more than 1 MiB is nil: Go's
+// archive/tar, and so Docker, takes none.
 func formatFragments(fragments []dataFragment) (text []byte, data int64) {
 	text = append(strconv.AppendInt(nil, int64(len(fragments)), 10), '\n')
 	for _, f := range fragments {
 		text = append(strconv.AppendInt(text, f.offset, 10), '\n')
 		text = append(strconv.AppendInt(text, f.length, 10), '\n')
 		data += f.length
+	}
+	if len(text) > maxMeta {
+		return nil, 0
 	}
 	return append(text, zeros[:padding(int64(len(text)))]...), data
 }

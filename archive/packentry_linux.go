@@ -88,7 +88,21 @@ func (p *packer) write(st *sys.Stat, h *packHeader) error {
 		h.mtime, h.mtimeNsec = c.Unix(), uint32(c.Nanosecond())
 	}
 	h.xattrs = p.xattrs
+	return p.put(h)
+}
+
+// put formats a header. One that Unpack would refuse is an error, and most of these no reader takes.
+func (p *packer) put(h *packHeader) error {
+	if n := max(len(h.name), len(h.link)); n > maxName {
+		return fmt.Errorf("name of %d bytes, the limit is %d: %w", n, maxName, unix.ENAMETOOLONG)
+	}
+	if n := len(h.xattrs); n > maxXattrs {
+		return fmt.Errorf("%d xattrs, the limit is %d: %w", n, maxXattrs, unix.E2BIG)
+	}
 	p.out = p.header.append(p.out, h)
+	if n := len(p.header.pax); n > maxMeta {
+		return fmt.Errorf("extended header of %d bytes, the limit is %d: %w", n, maxMeta, unix.E2BIG)
+	}
 	p.stats.Entries++
 	return nil
 }
@@ -278,7 +292,14 @@ func (p *packer) begin(fd int, st *sys.Stat) error {
 		}
 	}
 	if fragments != nil {
-		sparseMap, b.left = formatFragments(fragments)
+		if sparseMap, b.left = formatFragments(fragments); sparseMap == nil {
+			if err := sys.Seek(fd, 0); err != nil {
+				return err
+			}
+			fragments, b.left = nil, st.Size
+		}
+	}
+	if fragments != nil {
 		h.sparse, h.realSize, h.size = true, st.Size, int64(len(sparseMap))+b.left
 		b.fragments, b.sparse = fragments, true
 	}

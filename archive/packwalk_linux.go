@@ -175,15 +175,13 @@ func (p *packer) whiteout(name sys.Name) error {
 			return err
 		}
 	}
-	p.mark(whiteoutPrefix + name.String())
-	return nil
+	return p.mark(whiteoutPrefix + name.String())
 }
 
 // mark writes an entry in the directory at hand that says something of the lowers.
-func (p *packer) mark(name string) {
+func (p *packer) mark(name string) error {
 	p.entry = append(append(p.entry[:0], p.path...), name...)
-	p.out = p.header.append(p.out, &packHeader{name: p.entry, typ: typeReg})
-	p.stats.Entries++
+	return p.put(&packHeader{name: p.entry, typ: typeReg})
 }
 
 // dir writes the entry of a directory, unless it is only on the way to others, and goes down
@@ -220,17 +218,18 @@ func (p *packer) dir(src source, f *packFrame, through bool) error {
 	if err == nil && f.view == nil && (frame.marks.opaque || frame.marks.redirect != "") {
 		opaque, err = p.hides(src.name)
 	}
+	if err == nil {
+		p.path = append(append(p.path, src.name[:len(src.name)-1]...), '/')
+		if opaque {
+			err = p.mark(opaqueName)
+		}
+	}
 	if err != nil {
 		frame.view.close()
 		if fd >= 0 {
 			_ = sys.Close(fd)
 		}
 		return err
-	}
-	p.path = append(p.path, src.name[:len(src.name)-1]...)
-	p.path = append(p.path, '/')
-	if opaque {
-		p.mark(opaqueName)
 	}
 	p.frames = append(p.frames, frame)
 	return p.enter(fd)

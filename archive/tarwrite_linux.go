@@ -162,15 +162,16 @@ func (w *headerWriter) time(sec int64, nsec uint32) int64 {
 // appendTime formats a time as PAX has it, a decimal fraction with a sign: -1.25 is
 // a second and a quarter before 1970, in the kernel's count sec -2 and nsec 750000000.
 func appendTime(dst []byte, sec int64, nsec uint32) []byte {
+	whole := uint64(sec)
 	if sec < 0 {
 		dst = append(dst, '-')
-		sec = -sec
+		whole = -whole // of the least one there is no int64
 		if nsec > 0 {
-			sec--
+			whole--
 			nsec = 1e9 - nsec
 		}
 	}
-	dst = strconv.AppendInt(dst, sec, 10)
+	dst = strconv.AppendUint(dst, whole, 10)
 	if nsec == 0 {
 		return dst
 	}

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"math"
 	"strings"
 	"testing"
 	"time"
@@ -85,9 +86,35 @@ func TestAppendTime(t *testing.T) {
 	}{
 		{0, 0, "0"}, {0, 1, "0.000000001"}, {1, 500000000, "1.5"}, {-1, 0, "-1"}, {-1, 500000000, "-0.5"},
 		{-2, 750000000, "-1.25"}, {-1, 999999999, "-0.000000001"}, {1 << 40, 120000000, "1099511627776.12"},
+		{math.MaxInt64, 999999999, "9223372036854775807.999999999"}, {math.MinInt64, 0, "-9223372036854775808"},
+		{math.MinInt64, 1, "-9223372036854775807.999999999"}, {math.MinInt64 + 1, 0, "-9223372036854775807"},
 	} {
 		if got := string(appendTime(nil, c.sec, c.nsec)); got != c.want {
 			t.Errorf("%d %d: %s, want %s", c.sec, c.nsec, got, c.want)
+		}
+		if back, ok := parseTime(c.want); !ok || back != (tarTime{c.sec, int64(c.nsec)}) {
+			t.Errorf("%s: back %v, %v", c.want, back, ok)
+		}
+	}
+}
+
+// A map of fragments that archive/tar, and so Docker, would not read is none.
+func TestFormatFragments(t *testing.T) {
+	fragments := make([]dataFragment, sparseMost)
+	for i := range fragments {
+		fragments[i] = dataFragment{offset: 1e13 + int64(i)<<20, length: 1}
+	}
+	for _, n := range []int{1, 1000, 61680, 61681, sparseMost} {
+		text, data := formatFragments(fragments[:n])
+		if fits := n <= 61680; (text != nil) != fits {
+			t.Errorf("%d fragments: %d bytes", n, len(text))
+		} else if !fits {
+			continue
+		}
+		h := packHeader{name: []byte("f"), typ: typeReg, sparse: true, realSize: 1e15, size: int64(len(text)) + data}
+		stream := append(new(headerWriter).append(nil, &h), text...)
+		if got, err := tar.NewReader(bytes.NewReader(stream)).Next(); err != nil || got.Size != 1e15 || data != int64(n) {
+			t.Errorf("%d fragments of %d bytes: %v", n, data, err)
 		}
 	}
 }
