@@ -158,7 +158,8 @@ func checkFormat(root string) error {
 		return err
 	}
 	for _, e := range entries {
-		if e.Name() != lockName && e.Name() != formatName+".new" {
+		// A fresh ext4 has the directory lost+found at its top, and a disk of its own may well be the root.
+		if e.Name() != lockName && e.Name() != formatName+".new" && (e.Name() != "lost+found" || !e.IsDir()) {
 			return fmt.Errorf("%w: %s is not there, but %s is: not a root of this program", ErrFormat, path, e.Name())
 		}
 	}

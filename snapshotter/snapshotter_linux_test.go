@@ -398,6 +398,23 @@ func TestSecondInstance(t *testing.T) {
 	openTest(t, root, Options{})
 }
 
+// TestRootOfFilesystem: the top of a fresh ext4, which has lost+found, is an empty root. A file of that name is somebody's.
+func TestRootOfFilesystem(t *testing.T) {
+	ctx := context.Background()
+	root := t.TempDir()
+	must(t, os.Mkdir(filepath.Join(root, "lost+found"), 0o700))
+	s := openTest(t, root, Options{})
+	_, err := s.Prepare(ctx, "a", "")
+	must(t, err)
+	must(t, s.Close())
+	openTest(t, root, Options{})
+	other := t.TempDir()
+	must(t, os.WriteFile(filepath.Join(other, "lost+found"), nil, 0o600))
+	if _, err := New(other, Options{Log: testLog(t)}); !errors.Is(err, ErrFormat) {
+		t.Errorf("a file: %v", err)
+	}
+}
+
 // TestBadRoot: what New does not open, and leaves as it is.
 func TestBadRoot(t *testing.T) {
 	overlaytest.Require(t, "root")
