@@ -32,6 +32,33 @@ func after(t testing.TB, s *Snapshotter) string {
 	return id
 }
 
+// meanwhile is a context that calls f once, when somebody first selects on whether it is done: in the midst of a call that
+// reads files.
+type meanwhile struct {
+	context.Context
+	f *func()
+}
+
+func during(f func()) context.Context { return meanwhile{context.Background(), &f} }
+
+func (m meanwhile) Done() <-chan struct{} {
+	if f := *m.f; f != nil {
+		*m.f = nil
+		f()
+	}
+	return m.Context.Done()
+}
+
+// idOf returns the number of a snapshot.
+func idOf(t testing.TB, s *Snapshotter, key string) (id string) {
+	t.Helper()
+	must(t, s.tx(context.Background(), false, func(ctx context.Context) (err error) {
+		id, _, _, err = storage.GetInfo(ctx, key)
+		return err
+	}))
+	return id
+}
+
 // option returns the value of a mount's option.
 func option(t testing.TB, m mount.Mount, prefix string) string {
 	t.Helper()

@@ -158,23 +158,43 @@ func (s *Snapshotter) dropLayer(snap snapshot) error {
 func (s *Snapshotter) diffPath(id string) string { return filepath.Join(s.home, id, "diff") }
 
 // Mounts returns how to mount an active snapshot or a view.
-func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, error) {
-	snap := snapshot{key: key}
-	err := s.tx(ctx, false, func(ctx context.Context) (err error) {
-		if snap.Snapshot, err = storage.GetSnapshot(ctx, key); err != nil {
-			return err
-		}
-		_, info, _, err := storage.GetInfo(ctx, key)
-		if err != nil {
-			return err
-		}
-		snap.want, err = parseLabels(info.Labels)
+func (s *Snapshotter) Mounts(ctx context.Context, key string) (mounts []mount.Mount, err error) {
+	var snap snapshot
+	err = s.tx(ctx, false, func(ctx context.Context) (err error) {
+		snap, err = recorded(ctx, key)
 		return err
 	})
-	if err != nil {
-		return nil, fmt.Errorf("mounts of snapshot %s: %w", key, err)
+	if err == nil {
+		mounts, err = s.mounts(snap)
 	}
-	return s.mounts(snap)
+	if errdefs.IsDataLoss(err) {
+		// It may have been removed since it was read, or be committed right now, its layer over another parent already. In a
+		// write transaction nobody does: what then does not fit what is recorded is lost.
+		err = s.tx(ctx, true, func(ctx context.Context) error {
+			if snap, err = recorded(ctx, key); err == nil {
+				mounts, err = s.mounts(snap)
+			}
+			return err
+		})
+	}
+	return mounts, err
+}
+
+// recorded reads what the mounts of a snapshot depend on.
+func recorded(ctx context.Context, key string) (snap snapshot, err error) {
+	snap.key = key
+	var info snapshots.Info
+	snap.Snapshot, err = storage.GetSnapshot(ctx, key)
+	if err == nil {
+		_, info, _, err = storage.GetInfo(ctx, key)
+	}
+	if err == nil {
+		snap.want, err = parseLabels(info.Labels)
+	}
+	if err != nil {
+		return snap, fmt.Errorf("mounts of snapshot %s: %w", key, err)
+	}
+	return snap, nil
 }
 
 // Stat returns what is recorded of a snapshot.
@@ -215,7 +235,7 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Us
 		return err
 	})
 	if err == nil && info.Kind == snapshots.KindActive {
-		usage, err = s.layerUsage(ctx, id, info.Labels)
+		usage, err = s.layerUsage(ctx, key, id, info.Labels)
 	}
 	if err != nil {
 		return snapshots.Usage{}, fmt.Errorf("usage of snapshot %s: %w", key, err)
@@ -223,11 +243,23 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Us
 	return usage, nil
 }
 
-func (s *Snapshotter) layerUsage(ctx context.Context, id string, labels map[string]string) (snapshots.Usage, error) {
+// layerUsage counts what the layer of an active snapshot takes. That was read before: a layer that is not there is lost only if
+// it is recorded still.
+func (s *Snapshotter) layerUsage(ctx context.Context, key, id string, labels map[string]string) (snapshots.Usage, error) {
 	want, err := parseLabels(labels)
 	if err != nil {
 		return snapshots.Usage{}, err
 	}
+	usage, err := s.count(ctx, id, want)
+	if errdefs.IsDataLoss(err) {
+		if gone := s.tx(ctx, false, func(ctx context.Context) error { return sameLayer(ctx, key, id) }); gone != nil {
+			err = gone
+		}
+	}
+	return usage, err
+}
+
+func (s *Snapshotter) count(ctx context.Context, id string, want wanted) (snapshots.Usage, error) {
 	if len(want.limits) > 0 {
 		u, err := s.driver.Usage(id)
 		return snapshots.Usage{Size: int64(u.Bytes), Inodes: int64(u.Inodes)}, s.toErrdefs(err)
@@ -237,6 +269,16 @@ func (s *Snapshotter) layerUsage(ctx context.Context, id string, labels map[stri
 		err = s.lost(id)
 	}
 	return snapshots.Usage(du), err
+}
+
+// sameLayer returns an error unless a snapshot is still the one whose layer was read in a transaction before. One that was
+// made anew under its key is another.
+func sameLayer(ctx context.Context, key, id string) error {
+	now, _, _, err := storage.GetInfo(ctx, key)
+	if err == nil && now != id {
+		err = fmt.Errorf("it was removed meanwhile and another made: %w", errdefs.ErrNotFound)
+	}
+	return err
 }
 
 // Commit makes a committed snapshot of an active one. If that was made without a parent it may get one now, by
@@ -263,7 +305,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	if err != nil {
 		return fmt.Errorf("commit snapshot %s: %w", key, err)
 	}
-	usage, err := s.layerUsage(ctx, id, info.Labels)
+	usage, err := s.layerUsage(ctx, key, id, info.Labels)
 	if err == nil && s.opts.Durability != overlay2.DurabilityOff {
 		err = s.driver.Sync()
 	}

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/bcc2decd/overlay2"
 	"github.com/bcc2decd/overlay2/internal/overlaytest"
@@ -170,6 +171,60 @@ func TestMounts(t *testing.T) {
 	}
 	if _, err := s.Mounts(ctx, "none"); !errdefs.IsNotFound(err) {
 		t.Errorf("mounts of no snapshot: %v", err)
+	}
+}
+
+// TestMountsMeanwhile: what is asked for while the snapshot's layer is removed or put over another, before others see the record of that, is
+// answered as it is recorded then.
+func TestMountsMeanwhile(t *testing.T) {
+	for name, c := range map[string]struct {
+		change func(ctx context.Context, s *Snapshotter, id string) error
+		check  func(error) bool
+	}{
+		"removed": {func(ctx context.Context, s *Snapshotter, id string) error {
+			_, _, err := storage.Remove(ctx, "a")
+			return errors.Join(err, s.driver.Remove(id))
+		}, errdefs.IsNotFound},
+		"removed and made anew": {func(ctx context.Context, s *Snapshotter, id string) error {
+			_, _, err := storage.Remove(ctx, "a")
+			made, err2 := storage.CreateSnapshot(ctx, snapshots.KindActive, "a", "base")
+			return errors.Join(err, err2, s.driver.Remove(id), s.createLayer(snapshot{Snapshot: made}))
+		}, func(err error) bool { return err == nil }},
+		"committed over a parent": {func(ctx context.Context, s *Snapshotter, id string) error {
+			_, err := storage.CommitActive(ctx, "a", "c", snapshots.Usage{}, snapshots.WithParent("base"))
+			return errors.Join(err, s.driver.Rebase(id, "1"))
+		}, errdefs.IsNotFound},
+		"lost": {func(_ context.Context, s *Snapshotter, id string) error {
+			return s.driver.Remove(id)
+		}, errdefs.IsDataLoss},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx := context.Background()
+			s := openTest(t, t.TempDir(), Options{})
+			commit(t, s, "base", "")
+			_, err := s.Prepare(ctx, "a", "")
+			must(t, err)
+			got := make(chan error, 1)
+			must(t, s.tx(ctx, true, func(ctx context.Context) error {
+				err := c.change(ctx, s, "2")
+				go func() {
+					_, err := s.Mounts(context.Background(), "a")
+					got <- err
+				}()
+				select {
+				case err := <-got: // it did not wait for the record
+					got <- err
+				case <-time.After(200 * time.Millisecond):
+				}
+				return err
+			}))
+			if err := <-got; !c.check(err) {
+				t.Errorf("mounts: %v", err)
+			}
+			if name == "lost" {
+				must(t, s.Remove(ctx, "a"))
+			}
+		})
 	}
 }
 
@@ -363,6 +418,31 @@ func TestUsage(t *testing.T) {
 	}
 }
 
+// TestUsageMeanwhile: a snapshot that is removed while its files are counted is not there; only one that is still recorded has
+// lost its layer.
+func TestUsageMeanwhile(t *testing.T) {
+	ctx := context.Background()
+	s := openTest(t, t.TempDir(), Options{})
+	prepare := func() {
+		mounts, err := s.Prepare(ctx, "a", "")
+		must(t, err)
+		must(t, os.WriteFile(filepath.Join(mounts[0].Source, "x"), nil, 0o600))
+	}
+	remove := func() { must(t, s.Remove(ctx, "a")) }
+	for name, f := range map[string]func(){"removed": remove, "removed and made anew": func() { remove(); prepare() }} {
+		prepare()
+		if u, err := s.Usage(during(f), "a"); !errdefs.IsNotFound(err) || errdefs.IsDataLoss(err) {
+			t.Errorf("%s: %+v, %v", name, u, err)
+		}
+		_ = s.Remove(ctx, "a")
+	}
+	prepare()
+	if u, err := s.Usage(during(func() { must(t, s.driver.Remove(idOf(t, s, "a"))) }), "a"); !errdefs.IsDataLoss(err) {
+		t.Errorf("layer taken away: %+v, %v", u, err)
+	}
+	must(t, s.Remove(ctx, "a"))
+}
+
 // TestTooManyLayers: a chain that containerd cannot mount is refused before anything is built on it, and just below that it mounts.
 func TestTooManyLayers(t *testing.T) {
 	ctx := context.Background()
@@ -492,13 +572,7 @@ func TestReconcile(t *testing.T) {
 	_, err = s.Prepare(ctx, "not-rebased-active", "")
 	must(t, err)
 	must(t, s.Commit(ctx, "not-rebased", "not-rebased-active", snapshots.WithParent("mid")))
-	id := func(key string) (id string) {
-		must(t, s.tx(ctx, false, func(ctx context.Context) (err error) {
-			id, _, _, err = storage.GetInfo(ctx, key)
-			return err
-		}))
-		return id
-	}
+	id := func(key string) string { return idOf(t, s, key) }
 	must(t, s.driver.Remove(id("lost")))
 	must(t, s.driver.Remove(id("lost-base")))
 	must(t, s.driver.Rebase(id("half-rebased"), id("base")))
