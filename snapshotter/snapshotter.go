@@ -314,11 +314,10 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	}
 	rebased := false
 	err = s.tx(ctx, true, func(ctx context.Context) error {
-		_, now, _, err := storage.GetInfo(ctx, key)
-		if err != nil {
+		if err := sameLayer(ctx, key, id); err != nil {
 			return err
 		}
-		if _, err := storage.CommitActive(ctx, key, name, usage, opts...); err != nil || now.Parent == asked.Parent || asked.Parent == "" {
+		if _, err := storage.CommitActive(ctx, key, name, usage, opts...); err != nil || info.Parent == asked.Parent || asked.Parent == "" {
 			return err
 		}
 		parent, _, _, err := storage.GetInfo(ctx, asked.Parent)

@@ -443,6 +443,26 @@ func TestUsageMeanwhile(t *testing.T) {
 	must(t, s.Remove(ctx, "a"))
 }
 
+// TestCommitMeanwhile: what is committed is the snapshot whose files were counted and synced, not another that got its key meanwhile.
+func TestCommitMeanwhile(t *testing.T) {
+	ctx := context.Background()
+	s := openTest(t, t.TempDir(), Options{})
+	_, err := s.Prepare(ctx, "a", "")
+	must(t, err)
+	anew := func() {
+		must(t, s.Remove(ctx, "a"))
+		_, err := s.Prepare(ctx, "a", "")
+		must(t, err)
+	}
+	if err := s.Commit(during(anew), "c", "a"); !errdefs.IsNotFound(err) {
+		t.Errorf("made anew: %v", err)
+	}
+	if got := list(t, s); got != "a Active" {
+		t.Errorf("snapshots:\n%s", got)
+	}
+	must(t, s.Commit(ctx, "c", "a"))
+}
+
 // TestTooManyLayers: a chain that containerd cannot mount is refused before anything is built on it, and just below that it mounts.
 func TestTooManyLayers(t *testing.T) {
 	ctx := context.Background()
