@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -47,6 +48,23 @@ func (m meanwhile) Done() <-chan struct{} {
 		f()
 	}
 	return m.Context.Done()
+}
+
+// atLog is a log that calls f once, when a message is logged.
+type atLog struct {
+	slog.Handler
+	message string
+	f       func()
+}
+
+func (h *atLog) Enabled(context.Context, slog.Level) bool { return true }
+
+func (h *atLog) Handle(_ context.Context, r slog.Record) error {
+	if f := h.f; f != nil && r.Message == h.message {
+		h.f = nil
+		f()
+	}
+	return nil
 }
 
 // idOf returns the number of a snapshot.

@@ -150,6 +150,32 @@ func (s *Snapshotter) mendChains(records map[string]*record) {
 	}
 }
 
+// putBack puts the layer of a Commit that failed over the parent that is recorded: another Commit may have come since, and
+// recorded one.
+func (s *Snapshotter) putBack(ctx context.Context, id string) error {
+	return s.tx(ctx, true, func(ctx context.Context) error {
+		keys, err := storage.IDMap(ctx)
+		if err != nil {
+			return err
+		}
+		key, there := keys[id]
+		if !there {
+			return nil // it was removed since
+		}
+		_, info, _, err := storage.GetInfo(ctx, key)
+		if err != nil {
+			return err
+		}
+		parent := emptyLayer
+		if info.Parent != "" {
+			if parent, _, _, err = storage.GetInfo(ctx, info.Parent); err != nil {
+				return err
+			}
+		}
+		return s.driver.Rebase(id, parent)
+	})
+}
+
 // parentOf returns the layer that another is over.
 func (s *Snapshotter) parentOf(id string) (string, error) {
 	m, err := s.driver.GetMetadata(id)

@@ -274,6 +274,42 @@ func TestRebase(t *testing.T) {
 	checkOrder(t, openTest(t, root, Options{}))
 }
 
+// TestRebaseFails: a layer that a Commit could not put over its parent stays over the one it has, and another Commit that comes
+// before the first has ended is not undone with it.
+func TestRebaseFails(t *testing.T) {
+	ctx := context.Background()
+	log := &atLog{Handler: slog.DiscardHandler, message: "snapshotter error"} // said at the end of a transaction that failed
+	s := openTest(t, t.TempDir(), Options{Log: slog.New(log)})
+	commit(t, s, "base", "")
+	for _, again := range []bool{false, true} {
+		mounts, err := s.Prepare(ctx, "a", "", snapshots.WithLabels(map[string]string{labelParentChainID: "base"}))
+		must(t, err)
+		must(t, os.WriteFile(filepath.Join(option(t, mounts[0], "upperdir="), "f"), nil, 0o644))
+		id := idOf(t, s, "a")
+		_, err = s.driver.Get(id, "")
+		must(t, err)
+		if again {
+			log.f = func() {
+				must(t, s.driver.Put(id))
+				must(t, s.Commit(ctx, "c", "a", snapshots.WithParent("base")))
+			}
+		}
+		if err := s.Commit(ctx, "c", "a", snapshots.WithParent("base")); !errdefs.IsFailedPrecondition(err) {
+			t.Errorf("commit of a layer in use: %v", err)
+		}
+		if !again {
+			must(t, s.driver.Put(id))
+			checkOrder(t, s)
+			must(t, s.Remove(ctx, "a"))
+		}
+	}
+	mounts, err := s.View(ctx, "v", "c")
+	must(t, err)
+	if got := names(t, mounts); got != "base f" {
+		t.Errorf("the image holds %q", got)
+	}
+}
+
 // TestLabels: unknown ones are kept and inherited by nobody; what cannot be is refused by the label's name.
 func TestLabels(t *testing.T) {
 	ctx := context.Background()
