@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -16,7 +15,6 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
-	continuity "github.com/containerd/continuity/fs"
 	"github.com/containerd/errdefs"
 	"github.com/sirupsen/logrus"
 )
@@ -241,34 +239,6 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Us
 		return snapshots.Usage{}, fmt.Errorf("usage of snapshot %s: %w", key, err)
 	}
 	return usage, nil
-}
-
-// layerUsage counts what the layer of an active snapshot takes. That was read before: a layer that is not there is lost only if
-// it is recorded still.
-func (s *Snapshotter) layerUsage(ctx context.Context, key, id string, labels map[string]string) (snapshots.Usage, error) {
-	want, err := parseLabels(labels)
-	if err != nil {
-		return snapshots.Usage{}, err
-	}
-	usage, err := s.count(ctx, id, want)
-	if errdefs.IsDataLoss(err) {
-		if gone := s.tx(ctx, false, func(ctx context.Context) error { return sameLayer(ctx, key, id) }); gone != nil {
-			err = gone
-		}
-	}
-	return usage, err
-}
-
-func (s *Snapshotter) count(ctx context.Context, id string, want wanted) (snapshots.Usage, error) {
-	if len(want.limits) > 0 {
-		u, err := s.driver.Usage(id)
-		return snapshots.Usage{Size: int64(u.Bytes), Inodes: int64(u.Inodes)}, s.toErrdefs(err)
-	}
-	du, err := continuity.DiskUsage(ctx, s.diffPath(id))
-	if errors.Is(err, fs.ErrNotExist) && !s.driver.Exists(id) {
-		err = s.lost(id)
-	}
-	return snapshots.Usage(du), err
 }
 
 // sameLayer returns an error unless a snapshot is still the one whose layer was read in a transaction before. One that was

@@ -479,6 +479,46 @@ func TestUsageMeanwhile(t *testing.T) {
 	must(t, s.Remove(ctx, "a"))
 }
 
+// TestUsageFilesMeanwhile: files and directories that a container deletes while they are counted are not counted, and are no
+// error; nor do they keep the snapshot from being committed.
+func TestUsageFilesMeanwhile(t *testing.T) {
+	s := openTest(t, t.TempDir(), Options{})
+	mounts, err := s.Prepare(context.Background(), "a", "")
+	must(t, err)
+	dir := mounts[0].Source
+	var kept snapshots.Usage
+	count := func(ctx context.Context) {
+		t.Helper()
+		u, err := s.Usage(ctx, "a")
+		must(t, err)
+		if kept == (snapshots.Usage{}) {
+			kept = u
+		}
+		if u != kept {
+			t.Errorf("usage is %+v, not %+v", u, kept)
+		}
+	}
+	must(t, os.WriteFile(filepath.Join(dir, "kept"), make([]byte, 1<<20), 0o644))
+	must(t, os.Link(filepath.Join(dir, "kept"), filepath.Join(dir, "link")))
+	count(context.Background())
+	fill := func() {
+		must(t, os.Mkdir(filepath.Join(dir, "dir"), 0o755))
+		must(t, os.WriteFile(filepath.Join(dir, "dir", "file"), nil, 0o644))
+		must(t, os.WriteFile(filepath.Join(dir, "file"), nil, 0o644))
+	}
+	empty := func() {
+		must(t, os.RemoveAll(filepath.Join(dir, "dir")))
+		must(t, os.Remove(filepath.Join(dir, "file")))
+	}
+	fill()
+	count(during(empty))
+	fill()
+	must(t, s.Commit(during(empty), "c", "a"))
+	if u, err := s.Usage(context.Background(), "c"); err != nil || u != kept {
+		t.Errorf("usage of the committed is %+v, %v", u, err)
+	}
+}
+
 // TestCommitMeanwhile: what is committed is the snapshot whose files were counted and synced, not another that got its key meanwhile.
 func TestCommitMeanwhile(t *testing.T) {
 	ctx := context.Background()
