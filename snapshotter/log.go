@@ -21,9 +21,15 @@ func driverLog(to *slog.Logger) *logrus.Entry {
 	return logrus.NewEntry(l)
 }
 
-// tx calls f in a transaction of the store, which logs where the Snapshotter does.
+// tx calls f in a transaction of the store, which logs where the Snapshotter does. Others may have been waited for: who is
+// not there any more by then gets nothing done that nobody would know of.
 func (s *Snapshotter) tx(ctx context.Context, writable bool, f storage.TransactionCallback) error {
-	return s.store.WithTransaction(log.WithLogger(ctx, s.storeLog), writable, f)
+	return s.store.WithTransaction(log.WithLogger(ctx, s.storeLog), writable, func(ctx context.Context) error {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		return f(ctx)
+	})
 }
 
 // slogHook passes log entries on.

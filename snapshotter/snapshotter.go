@@ -301,7 +301,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		return nil
 	}
 	if rebased {
-		err = errors.Join(err, s.putBack(ctx, id)) // New does so too, if this is never reached
+		err = errors.Join(err, s.putBack(context.WithoutCancel(ctx), id)) // New does so too, if this is never reached
 	}
 	return fmt.Errorf("commit snapshot %s: %w", key, err)
 }

@@ -539,6 +539,40 @@ func TestCommitMeanwhile(t *testing.T) {
 	must(t, s.Commit(ctx, "c", "a"))
 }
 
+// TestCanceled: a call whose caller has gone while it waited for others changes nothing.
+func TestCanceled(t *testing.T) {
+	s := openTest(t, t.TempDir(), Options{})
+	commit(t, s, "base", "")
+	_, err := s.Prepare(context.Background(), "a", "base")
+	must(t, err)
+	must(t, s.driver.CreateReadWrite(after(t, s), emptyLayer, nil))
+	before := list(t, s)
+	for name, call := range map[string]func(ctx context.Context) error{
+		"prepare": func(ctx context.Context) error { _, err := s.Prepare(ctx, "b", "base"); return err },
+		"view":    func(ctx context.Context) error { _, err := s.View(ctx, "v", "base"); return err },
+		"update":  func(ctx context.Context) error { _, err := s.Update(ctx, snapshots.Info{Name: "a"}); return err },
+		"commit":  func(ctx context.Context) error { return s.Commit(ctx, "c", "a") },
+		"remove":  func(ctx context.Context) error { return s.Remove(ctx, "a") },
+		"cleanup": s.Cleanup,
+	} {
+		ctx, cancel := context.WithCancel(context.Background())
+		got := make(chan error, 1)
+		must(t, s.tx(context.Background(), true, func(context.Context) error {
+			go func() { got <- call(ctx) }()
+			time.Sleep(50 * time.Millisecond) // it waits, or has not begun
+			cancel()
+			return nil
+		}))
+		if err := <-got; !errors.Is(err, context.Canceled) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if got := list(t, s); got != before {
+		t.Errorf("snapshots were\n%s\nand are\n%s", before, got)
+	}
+	must(t, s.Cleanup(context.Background()))
+}
+
 // TestTooManyLayers: a chain that containerd cannot mount is refused before anything is built on it, and just below that it mounts.
 func TestTooManyLayers(t *testing.T) {
 	ctx := context.Background()
