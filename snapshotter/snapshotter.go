@@ -392,6 +392,7 @@ func (s *Snapshotter) toErrdefs(err error) error {
 		{overlay2.ErrIncomplete, errdefs.ErrDataLoss},
 		{overlay2.ErrLayerExists, errdefs.ErrAlreadyExists},
 		{overlay2.ErrInvalidOption, errdefs.ErrInvalidArgument},
+		{overlay2.ErrInvalidID, errdefs.ErrInvalidArgument}, // a layer that is to be over itself: IDs are the store's
 		{overlay2.ErrLayerInUse, errdefs.ErrFailedPrecondition},
 		{overlay2.ErrTooDeep, errdefs.ErrFailedPrecondition},
 		{overlay2.ErrNotSupported, errdefs.ErrFailedPrecondition},

@@ -252,6 +252,9 @@ func TestRebase(t *testing.T) {
 	if err := s.Commit(ctx, "x", "top-active", snapshots.WithParent("none")); !errdefs.IsNotFound(err) {
 		t.Errorf("no such parent: %v", err)
 	}
+	if err := s.Commit(ctx, "x", "top-active", snapshots.WithParent("x")); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("over itself: %v", err)
+	}
 	checkOrder(t, s)
 	must(t, s.Commit(ctx, "mid", "mid-active", snapshots.WithParent("base")))
 	must(t, s.Commit(ctx, "top", "top-active", snapshots.WithParent("mid")))
