@@ -22,6 +22,6 @@
 //
 // # Locks
 //
-// A write transaction of the store is held while a layer is made or rebased, and while layers without a record are looked
-// for; never while files are read or synced.
+// A write transaction of the store is held while a layer is made or rebased, while one that does not fit its record is looked
+// at again, and while layers without a record are looked for; never while files are read or synced.
 package snapshotter
