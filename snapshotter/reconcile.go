@@ -109,7 +109,11 @@ func (s *Snapshotter) dropLost(ctx context.Context, records map[string]*record) 
 	for again := true; again; {
 		again = false
 		for key, r := range records {
-			if r.children > 0 || !hasLayer(r.Kind, r.parent != nil) || s.driver.Exists(r.id) {
+			if r.children > 0 || !hasLayer(r.Kind, r.parent != nil) {
+				continue
+			}
+			// What cannot be read now, or is no directory, is not lost: it would be removed once nothing is recorded for it.
+			if _, err := os.Lstat(filepath.Join(s.home, r.id)); !errors.Is(err, fs.ErrNotExist) {
 				continue
 			}
 			if _, _, err := storage.Remove(ctx, key); err != nil {
@@ -211,6 +215,8 @@ func (s *Snapshotter) removeOrphans(ctx context.Context) error {
 				s.log.Info("layer without a snapshot is removed", "layer", id)
 			case errors.Is(err, overlay2.ErrLayerInUse):
 				kept = append(kept, n)
+			case errors.Is(err, overlay2.ErrCorrupt): // what is none of the driver's is no reason to keep the rest, or not to start
+				s.log.Error("layer without a snapshot cannot be removed", "layer", id, "error", err)
 			default:
 				return err
 			}

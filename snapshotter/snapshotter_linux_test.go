@@ -792,3 +792,55 @@ func TestCommittedLayerLost(t *testing.T) {
 	must(t, s.Remove(ctx, "base"))
 	must(t, s.Close())
 }
+
+// TestLayerElsewhere: a layer that somebody has put on another disk, with a link to it, is refused, but neither forgotten nor
+// removed, and the rest works. When it is no more recorded it stays too, and keeps nothing else from being removed.
+func TestLayerElsewhere(t *testing.T) {
+	ctx := context.Background()
+	root := t.TempDir()
+	opts := Options{Log: slog.New(slog.DiscardHandler)}
+	s := openTest(t, root, opts)
+	commit(t, s, "base", "")
+	commit(t, s, "top", "base")
+	before := list(t, s)
+	must(t, s.Close())
+	layer, moved := filepath.Join(root, layersName, "2"), filepath.Join(t.TempDir(), "2")
+	move := func() {
+		must(t, os.Rename(layer, moved))
+		must(t, os.Symlink(moved, layer))
+	}
+	moveBack := func() {
+		must(t, os.Remove(layer))
+		must(t, os.Rename(moved, layer))
+	}
+	move()
+	s = openTest(t, root, opts)
+	if got := list(t, s); got != before {
+		t.Errorf("snapshots:\n%s", got)
+	}
+	if _, err := s.View(ctx, "v", "top"); !errdefs.IsDataLoss(err) {
+		t.Errorf("view: %v", err)
+	}
+	_, err := s.View(ctx, "v", "base")
+	must(t, err)
+	must(t, s.Close())
+	moveBack()
+	s = openTest(t, root, opts)
+	mounts, err := s.View(ctx, "w", "top")
+	must(t, err)
+	if got := names(t, mounts); got != "base top" {
+		t.Errorf("the image holds %q", got)
+	}
+	move()
+	must(t, s.Remove(ctx, "w"))
+	must(t, s.Remove(ctx, "top"))
+	must(t, s.driver.CreateReadWrite(after(t, s), emptyLayer, nil))
+	must(t, s.Cleanup(ctx))
+	if numbers, err := s.layers(); err != nil || !slices.Equal(numbers, []uint64{1, 2}) {
+		t.Errorf("layers %v, %v", numbers, err)
+	}
+	must(t, s.Close())
+	s = openTest(t, root, opts)
+	moveBack()
+	must(t, s.Cleanup(ctx))
+}
