@@ -63,6 +63,7 @@ type seenLayer struct {
 
 	link     string // "" if linkErr
 	linkErr  error
+	foreign  string   // if linkErr, the name of something in it that is no layer's
 	lowers   []string // none for a base layer, or if lowerErr
 	lowerErr error
 	rawLower string // what the file holds, if it is a file
@@ -165,6 +166,9 @@ func (h *homeState) readEntry(name string, locked bool) {
 	if !l.isThere() {
 		return // removed meanwhile
 	}
+	if name == lostFoundName && s.linkFile.absent() && s.diff.absent() {
+		return
+	}
 	h.layers[name] = s
 }
 
@@ -198,6 +202,9 @@ func (h *homeState) readLayer(l *layer) *seenLayer {
 	}
 	if s.link, s.linkErr = l.link(); s.linkErr != nil {
 		h.note(l.id+"/"+linkName, s.linkErr)
+		var err error
+		s.foreign, err = l.foreign()
+		h.note(l.id, err)
 	}
 	if s.lowers, s.lowerErr = l.lowers(); s.lowerErr != nil {
 		h.note(l.id+"/"+lowerName, s.lowerErr)

@@ -26,6 +26,11 @@ const (
 	incompleteName = "incomplete"
 	// deviceName is Docker's device node for quotas, in the home.
 	deviceName = "backingFsBlockDev"
+	// lostFoundName is the directory of ext4 for what its fsck finds, in a home that is a filesystem's root.
+	lostFoundName = "lost+found"
+	// newSuffix and dockerTmpPrefix are of names under which a layer's files are written: ours, and Docker's with digits in the end.
+	newSuffix       = ".new"
+	dockerTmpPrefix = ".tmp-"
 )
 
 const (
@@ -226,6 +231,29 @@ func (l *layer) checkWhole() error {
 		return ErrIncomplete
 	}
 	return nil
+}
+
+// foreign returns the name of something in the layer's directory that is neither ours nor Docker's, "" if there is nothing.
+func (l *layer) foreign() (foreign string, err error) {
+	err = sys.ReadNames(l.fd, func(name string) bool {
+		if !layerName(name) {
+			foreign = name
+		}
+		return foreign == ""
+	})
+	return foreign, err
+}
+
+// layerName reports whether a layer's directory may hold something of this name.
+func layerName(name string) bool {
+	if tmp, ok := strings.CutPrefix(name, dockerTmpPrefix); ok {
+		name = strings.TrimRight(tmp, "0123456789")
+	}
+	switch strings.TrimSuffix(name, newSuffix) {
+	case diffName, workName, mergedName, linkName, lowerName, committedName, incompleteName, childrenName, listedName, digestsName:
+		return true
+	}
+	return false
 }
 
 // incomplete returns what the marker of an apply that has not ended well says, "" if there is none.

@@ -13,7 +13,7 @@ import (
 
 // lowerNew is the next lower file of a layer that is being rebased. It is made in the layer's directory
 // because a layer with a project of its own takes nothing from elsewhere.
-const lowerNew = lowerName + ".new"
+const lowerNew = lowerName + newSuffix
 
 // Rebase puts a layer that has a parent over another one, with one rename. What is in the layer stays as it
 // is: its files, marks and root directory are laid over the new chain as they were over the old one. That is for

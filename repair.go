@@ -7,7 +7,8 @@ type RepairOpts struct {
 	// DryRun only lists what would be done.
 	DryRun bool
 	// RemoveOrphans deletes layers that nothing can use: no link leads to them, they don't say which
-	// is theirs, and they never had a child. Docker leaves such when it is killed in Create or Remove.
+	// is theirs, and they never had a child. Docker leaves such when it is killed in Create or Remove. It deletes no
+	// directory with anything in it that is no layer's, and is an error where no layer at all has a link.
 	RemoveOrphans bool
 }
 

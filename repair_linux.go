@@ -20,7 +20,7 @@ const repairWait = 10 * time.Second
 // Repair mends what Check finds, as far as it is certain what is right, and returns what it did, or would
 // do. What was lost is written anew from what else says it: l/ from link files and the reverse,
 // lower files from the layers above. Nothing is deleted that could be wanted: the content of layers is never touched,
-// and layers that nothing leads to go only if RemoveOrphans says so. What cannot be mended stays as it is, and
+// and layers that nothing leads to go only if RemoveOrphans says so, and never what holds something that is no layer's. What cannot be mended stays as it is, and
 // stays reported by Check and refused with ErrCorrupt, ErrIncomplete or ErrUnsynced by other calls.
 //
 // Each action is atomic, and on the disk when Repair returns. Killed at any moment, it can be called
@@ -57,10 +57,11 @@ func planHome(home string, opts RepairOpts) (actions []Action, err error) {
 	if h.unread != nil {
 		return nil, h.unread
 	}
-	for _, step := range h.plan(opts) {
+	steps, err := h.plan(opts)
+	for _, step := range steps {
 		actions = append(actions, step.Action)
 	}
-	return actions, nil
+	return actions, err
 }
 
 func (d *Driver) repair(opts RepairOpts) (actions []Action, err error) {
@@ -86,7 +87,11 @@ func (d *Driver) repair(opts RepairOpts) (actions []Action, err error) {
 	if r.h.unread != nil {
 		return nil, r.h.unread
 	}
-	for _, step := range r.h.plan(opts) {
+	steps, err := r.h.plan(opts)
+	if err != nil {
+		return nil, err
+	}
+	for _, step := range steps {
 		a := step.Action
 		if a.Err = step.do(r); a.Err != nil {
 			err = errors.Join(err, fmt.Errorf("%s: %w", a.Path, a.Err))
@@ -151,7 +156,7 @@ func (r *repairer) write(id, name, content string, mode uint32) error {
 			return err
 		}
 		// A layer with a project of its own takes nothing from elsewhere.
-		tmp = name + ".new"
+		tmp = name + newSuffix
 		if err := ignoreAbsent(sys.Unlinkat(l.fd, tmp, 0)); err != nil {
 			return err
 		}

@@ -68,8 +68,32 @@ func TestRepair(t *testing.T) {
 		"parent gone":                 {damage: func(t *testing.T, home string) { must(t, os.RemoveAll(home+"/base2")) }, left: "l/LINK-base2 lone/lower"},
 		"half a layer":                {damage: halfLayer, left: "orphan/diff orphan/link"},
 		"half a layer, to be removed": {damage: halfLayer, opts: RepairOpts{RemoveOrphans: true}, want: "orphan"},
-		"stray file":                  {damage: func(t *testing.T, home string) { write(t, home+"/stray", "wanted") }, opts: RepairOpts{RemoveOrphans: true}, left: "stray"},
-		"incomplete":                  {damage: func(t *testing.T, home string) { must(t, os.Symlink("content", home+"/box/incomplete")) }, left: "box/incomplete"},
+		"half a layer with Docker's temporary file, to be removed": {damage: func(t *testing.T, home string) {
+			halfLayer(t, home)
+			must(t, os.Mkdir(home+"/orphan/diff", 0o755))
+			write(t, home+"/orphan/.tmp-link1234", "")
+		}, opts: RepairOpts{RemoveOrphans: true}, want: "orphan"},
+		"half a layer with a file of somebody's": {damage: func(t *testing.T, home string) {
+			halfLayer(t, home)
+			write(t, home+"/orphan/notes", "wanted")
+		}, opts: RepairOpts{RemoveOrphans: true}, left: "orphan/diff orphan/link"},
+		"somebody's directory": {damage: func(t *testing.T, home string) {
+			must(t, os.MkdirAll(home+"/backup/diff", 0o777))
+			must(t, os.Chmod(home+"/backup", 0o755)) // no mode of a layer's
+			write(t, home+"/backup/file", "wanted")
+		}, opts: RepairOpts{RemoveOrphans: true}, left: "backup backup/link"},
+		"lost+found": {damage: func(t *testing.T, home string) { // of a home that is an ext4 filesystem's root
+			must(t, os.Mkdir(home+"/lost+found", 0o700))
+			write(t, home+"/lost+found/#123", "wanted")
+		}, opts: RepairOpts{RemoveOrphans: true}},
+		"lost+found, a layer": {damage: func(t *testing.T, home string) {
+			must(t, os.Rename(home+"/box", home+"/lost+found"))
+			must(t, os.Symlink("../lost+found/diff", home+"/x"))
+			must(t, os.Rename(home+"/x", home+"/l/"+readText(t, home+"/lost+found/link")))
+			must(t, os.Remove(home+"/lost+found/link"))
+		}, want: "lost+found/link top/children"},
+		"stray file": {damage: func(t *testing.T, home string) { write(t, home+"/stray", "wanted") }, opts: RepairOpts{RemoveOrphans: true}, left: "stray"},
+		"incomplete": {damage: func(t *testing.T, home string) { must(t, os.Symlink("content", home+"/box/incomplete")) }, left: "box/incomplete"},
 		"incomplete without a link": {damage: func(t *testing.T, home string) {
 			must(t, os.Remove(linkPath(t, home, "box")))
 			must(t, os.Symlink("content", home+"/box/incomplete"))
@@ -136,6 +160,55 @@ func replaceText(t *testing.T, path, old, new string) {
 	data, err := os.ReadFile(path)
 	must(t, err)
 	must(t, os.WriteFile(path, bytes.ReplaceAll(data, []byte(old), []byte(new)), 0o644))
+}
+
+func readText(t *testing.T, path string) string {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	must(t, err)
+	return string(data)
+}
+
+// TestRepairElsewhere: RemoveOrphans where no layer is known is an error and removes nothing: in Docker's own directory, given
+// in the place of the home in it, or where all links are lost.
+func TestRepairElsewhere(t *testing.T) {
+	for name, c := range map[string]struct {
+		make func(t *testing.T, home string)
+		kept []string
+	}{
+		"a level too high": {func(t *testing.T, home string) {
+			must(t, os.MkdirAll(home+"/volumes/db/_data", 0o755))
+			write(t, home+"/volumes/db/_data/file", "wanted")
+			must(t, os.MkdirAll(home+"/tmp", 0o700))
+		}, []string{"volumes/db/_data/file", "tmp"}},
+		"all links lost": {func(t *testing.T, home string) {
+			makeDamaged(t, home)
+			for _, id := range damagedLayers {
+				must(t, os.Remove(linkPath(t, home, id)))
+				must(t, os.Remove(home+"/"+id+"/link"))
+			}
+		}, []string{"top/diff/all", "box/diff/own/box"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			overlaytest.Require(t, "root", "overlay")
+			home := filepath.Join(t.TempDir(), "home")
+			c.make(t, home)
+			d, err := New(home, quietOptions(DurabilityOff))
+			must(t, err)
+			for _, dry := range []bool{true, false} {
+				actions, err := d.Repair(RepairOpts{RemoveOrphans: true, DryRun: dry})
+				if err == nil || len(actions) > 0 {
+					t.Errorf("dry %v: %v %v", dry, actions, err)
+				}
+			}
+			must(t, d.Cleanup())
+			for _, path := range c.kept {
+				if _, err := os.Stat(filepath.Join(home, path)); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
 }
 
 // halfLayer is what Docker leaves when it is killed early in Create.

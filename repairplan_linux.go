@@ -29,16 +29,21 @@ type planner struct {
 	owner map[string]string   // the reverse
 	into  map[string][]string // by layer: what in l/ leads to it, sorted
 	steps []repairStep
+	// orphan is a layer that is going to be removed since nothing leads to it.
+	orphan string
 }
 
-// plan returns what would mend the home.
-func (h *homeState) plan(opts RepairOpts) []repairStep {
+// plan returns what would mend the home. That all layers would be orphans is an error: then it is another directory than
+// the home, or so much is lost that none of them may go.
+func (h *homeState) plan(opts RepairOpts) ([]repairStep, error) {
 	p := &planner{h: h, opts: opts, ids: slices.Sorted(maps.Keys(h.layers)), own: map[string]string{}, owner: map[string]string{}, into: map[string][]string{}}
 	for _, name := range slices.Sorted(maps.Keys(h.links)) {
 		if id := h.links[name].id; id != "" && linkid.Valid(name) {
 			p.into[id] = append(p.into[id], name)
 		}
 	}
+	// What no link leads to and what holds something else than a layer does is somebody's directory.
+	p.ids = slices.DeleteFunc(p.ids, func(id string) bool { return h.layers[id].foreign != "" && len(p.into[id]) == 0 })
 	for _, name := range h.leftover {
 		if strings.HasPrefix(name, newPrefix) || strings.HasPrefix(name, probePrefix) {
 			p.add("", stagingDir+"/"+name, "delete", "left by a crash", func(r *repairer) error { return r.discardLeftover(name) })
@@ -51,7 +56,10 @@ func (h *homeState) plan(opts RepairOpts) []repairStep {
 		p.planFiles(h.layers[id])
 	}
 	p.planEntries()
-	return append(p.planLists(), p.steps...) // so that no list lacks a child at any moment
+	if p.orphan != "" && len(p.own) == 0 {
+		return nil, fmt.Errorf("%s and all others would be removed: no layer here has a link", p.orphan)
+	}
+	return append(p.planLists(), p.steps...), nil // so that no list lacks a child at any moment
 }
 
 func (p *planner) add(id, path, what, why string, do func(r *repairer) error) {
@@ -221,6 +229,7 @@ func (p *planner) conflicts(owners map[string]string) (n int) {
 // planFiles plans for what lies in a layer beside link and lower.
 func (p *planner) planFiles(l *seenLayer) {
 	if p.own[l.id] == "" && l.link == "" && len(p.into[l.id]) == 0 && l.committed.absent() && l.mergedErr == nil && p.opts.RemoveOrphans {
+		p.orphan = l.id
 		p.add(l.id, l.id, "delete the layer", "no link leads to it, and it does not say which is its own", func(r *repairer) error { return r.discardLayer(l.id) })
 		return
 	}

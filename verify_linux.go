@@ -17,7 +17,7 @@ import (
 )
 
 // newDigestsName is the name of digests that are being written.
-const newDigestsName = digestsName + ".new"
+const newDigestsName = digestsName + newSuffix
 
 // RecordDigests reads the layer and records a digest of each of its files, for Verify, in place of what was
 // recorded before. With Options.RecordDigests ApplyDiff and ApplyLayers do it by themselves, unless the holes are too large. A layer that is mounted for
