@@ -214,7 +214,8 @@ func (f *filling) takeRoot() error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(sys.CopyDirMetadata(dst, src), sys.Close(dst))
+	_, _, err = sys.CopyDirMetadata(dst, src)
+	return errors.Join(err, sys.Close(dst))
 }
 
 func (f *filling) close() {

@@ -23,8 +23,9 @@ import (
 // its own. So the list may hold too much, after a crash or because Docker removed a layer, and each entry is
 // looked at; but it never lacks a child that this driver made. Docker, which knows nothing of the list, writes the
 // file committed of the parent anew for each child that it makes (since 19.03.3, moby#39780): its inode and a time
-// are the state, with the inode of the list. "-" is the state of a layer without that file. So the
-// seal breaks by itself when Docker makes a child, and when the home is copied. A layer without a seal that holds
+// are the state, with the inode of the list. Of a layer without that file the state is "-." and the inode and time of birth of
+// diff, which is there from the start. So the seal breaks by itself when Docker makes a child, and when the home is copied, or
+// a layer put back as it was before it had a child. A layer without a seal that holds
 // has the children that a look at all layers finds.
 const (
 	childrenName = "children"
@@ -32,7 +33,7 @@ const (
 )
 
 const (
-	// unparented is the state of a layer without the file committed.
+	// unparented begins the state of a layer without the file committed.
 	unparented = "-"
 	// markSec is the second of modification of each file committed that this driver makes (in 2010); the nanoseconds are random. Docker
 	// 19.03 writes to the file in place, at times twice within one tick of the clock that inodes have their times from
@@ -123,12 +124,24 @@ func markState(ino uint64, mark unix.Timespec) string {
 	return fmt.Sprintf("%d.%d.%d", ino, mark.Sec, mark.Nsec)
 }
 
+// childless is the state of a layer without the file committed, that has this diff.
+func childless(diff sys.Ident) string { return unparented + "." + diff.Lasting() }
+
 // listState returns the state that a seal must name to hold, "" if none can: that of committed with that of the
 // list, which is -1 if there is none.
-func listState(committed string, listfd int) (string, error) {
+func (l *layer) listState(committed string, listfd int) (string, error) {
 	switch {
+	case committed == unparented && l.diff != sys.Ident{}:
+		return childless(l.diff), nil
 	case committed == unparented:
-		return unparented, nil
+		diff, err := sys.StatDir(l.fd, diffName)
+		if exhausted(err) {
+			return "", fmt.Errorf("%s: %w", diffName, err)
+		}
+		if err != nil {
+			return "", nil //nolint:nilerr // it is damaged
+		}
+		return childless(diff.Ident), nil
 	case listfd < 0:
 		return "", nil
 	}
@@ -155,7 +168,7 @@ func (d *Driver) listsAll(l *layer, listfd int) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	state, err := listState(committed, listfd)
+	state, err := l.listState(committed, listfd)
 	if err != nil || state == "" {
 		return false, err
 	}
@@ -165,7 +178,7 @@ func (d *Driver) listsAll(l *layer, listfd int) (bool, error) {
 
 // setSeal seals the list, which is whole as long as committed is in this state.
 func (d *Driver) setSeal(l *layer, listfd int, committed string) error {
-	state, err := listState(committed, listfd)
+	state, err := l.listState(committed, listfd)
 	if err != nil || state == "" {
 		return err
 	}
@@ -201,11 +214,15 @@ func (d *Driver) enlist(p *layer, link, id string) (err error) {
 	// Until the file was made, by us, the layer had no child that is not listed, if it was sealed so. Another call that
 	// makes a child now lists it before that appears, and Docker breaks the seal even before it is set.
 	seal, err := sys.Readlinkat(p.fd, listedName)
-	if err == unix.ENOENT || err == unix.EINVAL || err == nil && seal != d.seal(unparented) {
+	if err == unix.ENOENT || err == unix.EINVAL {
 		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", listedName, err)
+	}
+	before, err := p.listState(unparented, listfd)
+	if err != nil || before == "" || seal != d.seal(before) {
+		return err
 	}
 	return d.setSeal(p, listfd, made)
 }
@@ -337,7 +354,7 @@ func (l *layer) readList() (map[string]bool, error) {
 	if err != nil {
 		return nil, err
 	}
-	state, err := listState(committed, listfd)
+	state, err := l.listState(committed, listfd)
 	if err != nil || state == "" || seal[strings.LastIndexByte(seal, ':')+1:] != state {
 		return nil, err
 	}

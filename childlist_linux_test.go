@@ -515,3 +515,47 @@ func sealAtOnce(t *testing.T, d *Driver, home string) {
 		}
 	}
 }
+
+// TestParentRestored: a layer put back as it was before it had a child is not removed: its seal says that it has none, but
+// it is another's, as is one that a version before wrote.
+func TestParentRestored(t *testing.T) {
+	overlaytest.Require(t, "root", "overlay")
+	overlaytest.EachFS(t, func(t *testing.T, dir string) {
+		for name, c := range map[string]func(t *testing.T, d *Driver){
+			"nothing else": func(*testing.T, *Driver) {},
+			"another child": func(t *testing.T, d *Driver) { // which makes the parent's list again
+				must(t, d.Create("other", "parent", nil))
+				must(t, d.Remove("other"))
+			},
+			"a seal of before": func(t *testing.T, d *Driver) {
+				must(t, os.Remove(d.home+"/parent/listed"))
+				must(t, os.Symlink(d.seal("-"), d.home+"/parent/listed"))
+			},
+		} {
+			for _, docker := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s, Docker's child %v", name, docker), func(t *testing.T) {
+					home := filepath.Join(dir, rand.Text())
+					d := newTestDriver(t, home, quietOptions(DurabilityOff))
+					must(t, d.Create("parent", "", nil))
+					overlaytest.CopyTree(t, home+"/parent", home+"-parent")
+					if docker {
+						dockerCreate(t, home, "child", "parent", "28")
+					} else {
+						must(t, d.Create("child", "parent", nil))
+					}
+					must(t, os.RemoveAll(home+"/parent"))
+					must(t, os.Rename(home+"-parent", home+"/parent"))
+					d = openTestDriver(t, home, quietOptions(DurabilityOff))
+					c(t, d)
+					wantErr(t, d.Remove("parent"), ErrLayerInUse)
+					_, err := d.Repair(RepairOpts{})
+					must(t, err)
+					checkEmpty(t, d)
+					wantErr(t, d.Remove("parent"), ErrLayerInUse)
+					must(t, d.Remove("child"))
+					must(t, d.Remove("parent"))
+				})
+			}
+		}
+	})
+}

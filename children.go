@@ -61,7 +61,7 @@ func (d *Driver) checkChildless(s *staging, l *layer, links []string) error {
 		return err
 	}
 	if whole && listfd < 0 {
-		return nil // the usual layer without a child costs three calls
+		return nil // the usual layer without a child costs four calls
 	}
 	// Chains may hold the link that its file names although it is lost in l/.
 	if own, err := l.link(); err == nil && !slices.Contains(links, own) {

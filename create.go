@@ -155,7 +155,7 @@ type newLayer struct {
 	listed    bool      // among its parent's children
 	batch     *batch    // that notes the layer until it is on the disk; nil if it is not noted
 	readWrite bool      // it is probably mounted soon
-	ident     sys.Ident // of diff, then, if that could be told
+	diff      sys.Ident // of its diff
 }
 
 // make makes the layer and lets it appear by one rename. On an error nothing is left.
@@ -201,8 +201,8 @@ func (n *newLayer) make() (err error) {
 	if err := n.appear(); err != nil {
 		return err
 	}
-	if n.ident != (sys.Ident{}) {
-		n.d.known.add(n.link, knownLink{id: n.id, name: sys.MakeName(n.link), diff: n.ident})
+	if n.readWrite && n.parent != nil {
+		n.d.known.add(n.link, knownLink{id: n.id, name: sys.MakeName(n.link), diff: n.diff})
 	}
 	return nil
 }
@@ -265,7 +265,7 @@ func (n *newLayer) fill() (err error) {
 	if err := sys.WriteFileAt(fd, linkName, []byte(n.link), 0o644); err != nil {
 		return fmt.Errorf("%s: %w", linkName, err)
 	}
-	if err := sys.Symlinkat(n.d.seal(unparented), fd, listedName); err != nil {
+	if err := sys.Symlinkat(n.d.seal(childless(n.diff)), fd, listedName); err != nil {
 		return fmt.Errorf("%s: %w", listedName, err)
 	}
 	if n.parent == nil {
@@ -287,11 +287,12 @@ func (n *newLayer) makeDiff(fd int) error {
 		if err := sys.Mkdirat(fd, diffName, 0o755); err != nil {
 			return err
 		}
-		var st unix.Stat_t
-		if err := sys.Fstatat(fd, diffName, &st); err != nil {
+		st, err := sys.StatDir(fd, diffName)
+		if err != nil {
 			return err
 		}
-		if st.Uid == n.d.rootUID && st.Gid == n.d.rootGID {
+		n.diff = st.Ident
+		if st.UID == n.d.rootUID && st.GID == n.d.rootGID {
 			return nil
 		}
 		// Remapped, or a home with a group for all that is made in it.
@@ -309,10 +310,8 @@ func (n *newLayer) makeDiff(fd int) error {
 	if err != nil {
 		return err
 	}
-	if n.readWrite {
-		n.ident, _ = sys.IdentFd(dst) // without, the first mount is no quicker
-	}
-	return errors.Join(sys.CopyDirMetadata(dst, src), sys.Close(dst))
+	n.diff, n.parent.diff, err = sys.CopyDirMetadata(dst, src)
+	return errors.Join(err, sys.Close(dst))
 }
 
 // makeLink makes the layer's link in l/, which leads nowhere until the layer appears.

@@ -124,6 +124,8 @@ type layer struct {
 	fd   int
 	// kept says that it stays open, and that close only unlocks it; see keptLayer.
 	kept bool
+	// diff is the identity of its diff if that was looked at just now, while nobody could replace it.
+	diff sys.Ident
 }
 
 // openLayer opens the layer id of home, or returns ErrLayerNotFound.

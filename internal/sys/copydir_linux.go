@@ -10,17 +10,22 @@ import (
 
 // CopyDirMetadata gives the open directory dst the mode, owner and extended attributes
 // of src. What belongs to the one directory rather than to what it shows is left out:
-// overlayfs's private attributes, and the SELinux label, which policy gives.
-func CopyDirMetadata(dst, src int) error {
-	var want, have unix.Stat_t
-	if err := Fstat(src, &want); err != nil {
-		return err
+// overlayfs's private attributes, and the SELinux label, which policy gives. It returns the identities of both.
+func CopyDirMetadata(dst, src int) (to, from Ident, err error) {
+	want, err := StatDir(src, "")
+	if err != nil {
+		return to, from, err
 	}
-	if err := Fstat(dst, &have); err != nil {
-		return err
+	have, err := StatDir(dst, "")
+	if err != nil {
+		return to, from, err
 	}
-	if want.Uid != have.Uid || want.Gid != have.Gid {
-		if err := unix.Fchown(dst, int(want.Uid), int(want.Gid)); err != nil {
+	return have.Ident, want.Ident, copyMetadata(dst, src, have, want)
+}
+
+func copyMetadata(dst, src int, have, want DirInfo) error {
+	if want.UID != have.UID || want.GID != have.GID {
+		if err := unix.Fchown(dst, int(want.UID), int(want.GID)); err != nil {
 			return fmt.Errorf("chown: %w", err)
 		}
 	}

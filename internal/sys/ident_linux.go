@@ -1,6 +1,7 @@
 package sys
 
 import (
+	"fmt"
 	"runtime"
 	"time"
 	"unsafe"
@@ -91,6 +92,36 @@ func identOf(x *unix.Statx_t) (Ident, error) {
 		birth: x.Btime.Sec, birthNsec: x.Btime.Nsec,
 		comparable: x.Mask&unix.STATX_BTIME != 0 && x.Mask&unix.STATX_INO != 0,
 	}, nil
+}
+
+// Lasting returns what of an identity is the same in every life of the machine: the inode number and the time of birth, 0
+// where that is not known.
+func (i Ident) Lasting() string { return fmt.Sprintf("%d.%d.%d", i.ino, i.birth, i.birthNsec) }
+
+// DirInfo is what one look at a directory tells.
+type DirInfo struct {
+	Ident          Ident
+	Mode, UID, GID uint32
+}
+
+// StatDir looks at the directory name beneath dirfd, or at dirfd itself if name is empty. A symlink is ENOTDIR. The Ident
+// is the Same as no other where the kernel or the filesystem doesn't keep the time of birth.
+func StatDir(dirfd int, name string) (DirInfo, error) {
+	var x unix.Statx_t
+	err := retry(func() error {
+		return unix.Statx(dirfd, name, unix.AT_EMPTY_PATH|unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT|unix.AT_STATX_DONT_SYNC,
+			identMask|unix.STATX_MODE|unix.STATX_UID|unix.STATX_GID, &x)
+	})
+	if err == unix.ENOSYS || err == unix.EPERM { // before 4.11, or a seccomp filter that does not know it
+		var st unix.Stat_t
+		err = Fstatat(dirfd, name, &st)
+		x = unix.Statx_t{Mode: uint16(st.Mode), Uid: st.Uid, Gid: st.Gid, Ino: st.Ino, Dev_major: unix.Major(uint64(st.Dev)), Dev_minor: unix.Minor(uint64(st.Dev))}
+	}
+	if err != nil {
+		return DirInfo{}, err
+	}
+	ident, err := identOf(&x)
+	return DirInfo{Ident: ident, Mode: uint32(x.Mode), UID: x.Uid, GID: x.Gid}, err
 }
 
 // DirState tells whether anything in a directory may have changed: names in it, its own metadata, its
