@@ -104,7 +104,7 @@ func (f *findings) layer(l *seenLayer) {
 			f.add(l.id, l.id+"/"+name, err)
 		}
 	}
-	f.mode(l.id, l.id, l.dir, 0o710)
+	f.mode(l.id, l.id, f.h.layerDir(l), 0o710)
 	at(diffName, notDir(l.diff))
 	switch target := f.h.links[l.link]; {
 	case l.linkErr != nil:

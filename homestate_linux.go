@@ -363,3 +363,17 @@ func (h *homeState) settle() ([]Problem, error) {
 func (h *homeState) goodOwner(uid uint32) bool {
 	return uid == h.home.uid || int(uid) == os.Geteuid() || !h.home.there()
 }
+
+// layerDir returns a layer's directory with an owner that goodOwner knows, if it belongs to the remapped root: Docker before 20.10.3
+// gave it to that, with mode 0700, as it gives work still, and diff, by which it is told. In a home that a later Docker has given to root
+// it must stay so, or the remapped root could not get to the layer.
+func (h *homeState) layerDir(l *seenLayer) seenFile {
+	dir, root := l.dir, l.work
+	if !root.is(unix.S_IFDIR) {
+		root = l.diff // of a base layer; else it may belong to whomever the content says
+	}
+	if root.is(unix.S_IFDIR) && root.uid == dir.uid {
+		dir.uid = h.home.uid
+	}
+	return dir
+}

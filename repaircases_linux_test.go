@@ -40,6 +40,17 @@ func TestRepair(t *testing.T) {
 		"work readable":               {damage: chmodTo("box/work", 0o755), want: "box/work"},
 		"owner":                       {damage: func(t *testing.T, home string) { must(t, os.Lchown(home+"/mid/link", 1000, 1000)) }, want: "mid/link"},
 		"work is the remapped root's": {damage: func(t *testing.T, home string) { must(t, os.Lchown(home+"/mid/work", 1000, 1000)) }},
+		"layers of Docker before 20.10.3, remapped": {damage: func(t *testing.T, home string) { // which a later one goes on with
+			must(t, os.Chmod(home, 0o711))
+			for _, id := range damagedLayers {
+				for _, name := range []string{"", diffName, workName} {
+					must(t, ignoreAbsent(os.Chown(filepath.Join(home, id, name), 100000, 100000)))
+				}
+				must(t, os.Chmod(home+"/"+id, 0o700))
+			}
+			must(t, os.Chown(home+"/mid/diff", 100007, 100007)) // as a diff may say; work tells
+		}},
+		"a layer of somebody else's": {damage: func(t *testing.T, home string) { must(t, os.Chown(home+"/mid", 1000, 1000)) }, want: "mid"},
 		"left by a crash": {damage: func(t *testing.T, home string) {
 			must(t, os.Mkdir(home+"/staging/new-X", 0o700))
 			write(t, home+"/staging/new-X/link", linkA)

@@ -316,7 +316,7 @@ func (p *planner) modes() {
 	fix("", linkDir, p.h.l, 0o700)
 	for _, id := range p.ids {
 		l := p.h.layers[id]
-		fix(id, id, l.dir, 0o710)
+		fix(id, id, p.h.layerDir(l), 0o710)
 		if l.work.is(unix.S_IFDIR) {
 			work := l.work
 			work.uid = p.h.home.uid // it is the remapped root's
