@@ -16,7 +16,8 @@ import (
 // path; none for a home in order. It changes nothing. What calls in this or another process are
 // just doing is no problem: what looks wrong is looked at again, under the layer's lock.
 //
-// The error is of reading the home itself.
+// The error is of reading the home itself, or of files in it that cannot be read for want of memory, descriptors, rights or a working
+// disk: what is returned with that are the problems as far as they are known.
 func (d *Driver) Check() ([]Problem, error) {
 	problems, err := CheckHome(d.home)
 	return slices.DeleteFunc(problems, func(p Problem) bool {
@@ -29,7 +30,7 @@ func (d *Driver) Check() ([]Problem, error) {
 func CheckHome(home string) ([]Problem, error) {
 	problems, err := checkHome(home)
 	if err != nil {
-		return nil, fmt.Errorf("check %s: %w", home, err)
+		return problems, fmt.Errorf("check %s: %w", home, err)
 	}
 	return problems, nil
 }

@@ -1,6 +1,7 @@
 package overlay2
 
 import (
+	"errors"
 	"os"
 	"strings"
 	"testing"
@@ -67,4 +68,25 @@ func cutLower(t *testing.T, home, id string) {
 	must(t, err)
 	first, _, _ := strings.Cut(string(data), ":")
 	write(t, home+"/"+id+"/lower", first)
+}
+
+// TestCheckUnread: what could not be read is an error of Check and Repair, whatever else is wrong and read again meanwhile; but what
+// was read again well is none.
+func TestCheckUnread(t *testing.T) {
+	d := newTestDriver(t, t.TempDir(), Options{})
+	must(t, d.Create("base", "", nil))
+	must(t, d.Create("other", "", nil))
+	must(t, d.CreateReadWrite("box", "base", nil))
+	must(t, os.Chmod(d.home+"/other", 0o777)) // a problem, for which the layer is read again
+	for path, kept := range map[string]bool{"base/children": true, "base": true, ".": true, "l/" + linkA: true, "other/children": false, "other": false} {
+		h, err := readHome(d.home)
+		must(t, err)
+		h.note(path, unix.EIO) // as if it could not be read
+		problems, err := h.settle()
+		if len(problems) != 1 || errors.Is(err, unix.EIO) != kept || err != nil && !strings.Contains(err.Error(), path) {
+			t.Errorf("%s: %v %v", path, problems, err)
+		}
+		h.close()
+	}
+	must(t, os.Chmod(d.home+"/other", 0o710))
 }

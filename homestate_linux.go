@@ -30,8 +30,8 @@ type homeState struct {
 	pending  map[string]bool
 	leftover []string // in staging, by a crash
 	alone    bool     // the caller holds the staging directory: nothing is being made
-	// unread is what the machine could not read. What is not known must not be taken for missing.
-	unread error
+	// unread is what the machine could not read, by path. What is not known must not be taken for missing.
+	unread map[string]error
 }
 
 // seenFile is a file as lstat has it.
@@ -82,7 +82,7 @@ type seenLink struct {
 
 // readHome reads the metadata of a home. The caller closes it.
 func readHome(path string) (_ *homeState, err error) {
-	h := &homeState{path: path, homefd: -1, lfd: -1, layers: map[string]*seenLayer{}, odd: map[string]error{}, links: map[string]seenLink{}}
+	h := &homeState{path: path, homefd: -1, lfd: -1, layers: map[string]*seenLayer{}, odd: map[string]error{}, links: map[string]seenLink{}, unread: map[string]error{}}
 	defer func() {
 		if err != nil {
 			h.close() // the caller gets none
@@ -94,7 +94,7 @@ func readHome(path string) (_ *homeState, err error) {
 	if h.lfd, err = sys.OpenDirat(h.homefd, linkDir); err != nil {
 		return nil, fmt.Errorf("%s: %w", linkDir, err)
 	}
-	h.home, h.l = h.stat(h.homefd, "."), h.stat(h.lfd, ".")
+	h.home, h.l = h.stat(h.homefd, ".", "."), h.stat(h.lfd, ".", linkDir)
 	var names []string
 	if err := sys.ReadNames(h.homefd, func(name string) bool { names = append(names, name); return true }); err != nil {
 		return nil, err
@@ -123,11 +123,11 @@ func (h *homeState) close() {
 	}
 }
 
-// stat looks at a file.
-func (h *homeState) stat(dirfd int, name string) seenFile {
+// stat looks at a file, which has this path in the home.
+func (h *homeState) stat(dirfd int, name, path string) seenFile {
 	var st unix.Stat_t
 	if err := sys.Fstatat(dirfd, name, &st); err != nil {
-		h.note(name, err)
+		h.note(path, err)
 		return seenFile{err: err}
 	}
 	return seenFile{mode: st.Mode, uid: st.Uid, size: st.Size}
@@ -136,8 +136,21 @@ func (h *homeState) stat(dirfd int, name string) seenFile {
 // note keeps an error that says nothing about what it is about.
 func (h *homeState) note(path string, err error) {
 	if exhausted(err) || err == unix.EACCES || err == unix.EPERM {
-		h.unread = errors.Join(h.unread, fmt.Errorf("%s: %w", path, err))
+		h.unread[path] = err
 	}
+}
+
+// forget drops what was noted about a file, or what is in it, that is read again.
+func (h *homeState) forget(path string) {
+	maps.DeleteFunc(h.unread, func(noted string, _ error) bool { return noted == path || strings.HasPrefix(noted, path+"/") })
+}
+
+// known returns an error if something could not be read.
+func (h *homeState) known() (err error) {
+	for _, path := range slices.Sorted(maps.Keys(h.unread)) {
+		err = errors.Join(err, fmt.Errorf("%s: %w", path, h.unread[path]))
+	}
+	return err
 }
 
 // readEntry reads one entry of the home. If locked, a layer is read under its lock, if that can be had.
@@ -147,6 +160,7 @@ func (h *homeState) readEntry(name string, locked bool) {
 	}
 	delete(h.odd, name)
 	delete(h.layers, name)
+	h.forget(name)
 	l, err := openLayer(h.path, name)
 	if errors.Is(err, ErrLayerNotFound) {
 		return
@@ -191,14 +205,12 @@ func lockSoon(fd, how int, within time.Duration) bool {
 
 // readLayer reads the files of one layer.
 func (h *homeState) readLayer(l *layer) *seenLayer {
-	s := &seenLayer{id: l.id, dir: h.stat(l.fd, ".")}
+	s := &seenLayer{id: l.id, dir: h.stat(l.fd, ".", l.id)}
 	for name, f := range map[string]*seenFile{
 		diffName: &s.diff, workName: &s.work, mergedName: &s.merged, linkName: &s.linkFile, lowerName: &s.lowerFile,
 		committedName: &s.committed, incompleteName: &s.incomplete, childrenName: &s.list,
 	} {
-		if *f = h.stat(l.fd, name); f.err != nil && !f.absent() {
-			h.note(l.id+"/"+name, f.err)
-		}
+		*f = h.stat(l.fd, name, l.id+"/"+name)
 	}
 	if s.link, s.linkErr = l.link(); s.linkErr != nil {
 		h.note(l.id+"/"+linkName, s.linkErr)
@@ -220,7 +232,7 @@ func (h *homeState) readLayer(l *layer) *seenLayer {
 		h.note(l.id+"/"+childrenName, err)
 	}
 	if s.work.is(unix.S_IFDIR) {
-		s.unsynced = h.stat(l.fd, volatileMark).there()
+		s.unsynced = h.stat(l.fd, volatileMark, l.id+"/"+volatileMark).there()
 	}
 	if !s.merged.absent() {
 		mounted, err := l.mounted()
@@ -240,6 +252,7 @@ func (h *homeState) readLayer(l *layer) *seenLayer {
 // readLink reads one entry of l/.
 func (h *homeState) readLink(name string) {
 	delete(h.links, name)
+	h.forget(linkPrefix + name)
 	target, err := sys.Readlinkat(h.lfd, name)
 	if err == unix.ENOENT {
 		return
@@ -310,7 +323,6 @@ func (h *homeState) reread(problems []Problem) error {
 		h.readLink(link)
 		layer(h.links[link].id)
 	}
-	h.unread = nil
 	// Parents first: a child that is still there then was so before, and listed.
 	depth := func(id string) int {
 		if l := h.layers[id]; l != nil {
@@ -341,7 +353,7 @@ func (h *homeState) reread(problems []Problem) error {
 const settlePause = 20 * time.Millisecond
 
 // settle reads again what has problems until what is left cannot be what somebody is just doing: Docker
-// takes no locks, and a layer is not made or mounted by one call.
+// takes no locks, and a layer is not made or mounted by one call. That something could not be read is an error.
 func (h *homeState) settle() ([]Problem, error) {
 	problems := h.problems()
 	for round, n := 0, 0; len(problems) > 0 && (round < 2 || len(problems) != n); round++ {
@@ -356,7 +368,7 @@ func (h *homeState) settle() ([]Problem, error) {
 		}
 		problems = slices.DeleteFunc(h.problems(), func(p Problem) bool { return !before[p.String()] })
 	}
-	return problems, nil
+	return problems, h.known()
 }
 
 // goodOwner reports whether a file of the driver's own may belong to uid: whoever owns the home, or runs this.

@@ -54,9 +54,6 @@ func planHome(home string, opts RepairOpts) (actions []Action, err error) {
 	if _, err := h.settle(); err != nil {
 		return nil, err
 	}
-	if h.unread != nil {
-		return nil, h.unread
-	}
 	steps, err := h.plan(opts)
 	for _, step := range steps {
 		actions = append(actions, step.Action)
@@ -83,9 +80,6 @@ func (d *Driver) repair(opts RepairOpts) (actions []Action, err error) {
 	}
 	if _, err := r.h.settle(); err != nil {
 		return nil, err
-	}
-	if r.h.unread != nil {
-		return nil, r.h.unread
 	}
 	steps, err := r.h.plan(opts)
 	if err != nil {
