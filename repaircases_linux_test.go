@@ -105,6 +105,10 @@ func TestRepair(t *testing.T) {
 		}, want: "lost+found/link top/children"},
 		"stray file": {damage: func(t *testing.T, home string) { write(t, home+"/stray", "wanted") }, opts: RepairOpts{RemoveOrphans: true}, left: "stray"},
 		"incomplete": {damage: func(t *testing.T, home string) { must(t, os.Symlink("content", home+"/box/incomplete")) }, left: "box/incomplete"},
+		"a layer moved to another disk": {damage: func(t *testing.T, home string) { // which Docker follows
+			must(t, os.Rename(home+"/box", home+"-box"))
+			must(t, os.Symlink(home+"-box", home+"/box"))
+		}, left: "box l/LINK-box"},
 		"incomplete without a link": {damage: func(t *testing.T, home string) {
 			must(t, os.Remove(linkPath(t, home, "box")))
 			must(t, os.Symlink("content", home+"/box/incomplete"))

@@ -287,6 +287,9 @@ func (p *planner) planEntries() {
 		if needed[name] || !linkid.Valid(name) || link.target == "" || p.h.pending[name] {
 			continue
 		}
+		if p.h.odd[link.id] != nil {
+			continue // something is there, as a symlink to a layer on another disk, which Docker follows
+		}
 		why := "leads nowhere, and no layer has it"
 		if p.h.layers[link.id] != nil {
 			if p.own[link.id] == "" {
