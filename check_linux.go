@@ -5,6 +5,7 @@ package overlay2
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -166,7 +167,8 @@ func notDir(f seenFile) error {
 // committed, and its own chain is the rest of the child's.
 func (f *findings) chains() {
 	owners := make(map[string]string, len(f.h.layers))
-	for id, l := range f.h.layers {
+	for _, id := range slices.Sorted(maps.Keys(f.h.layers)) { // the next look finds the same, or settle drops it
+		l := f.h.layers[id]
 		if l.link == "" {
 			continue
 		}

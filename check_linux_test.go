@@ -2,10 +2,13 @@ package overlay2
 
 import (
 	"errors"
+	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	"golang.org/x/sys/unix"
 )
 
@@ -89,4 +92,23 @@ func TestCheckUnread(t *testing.T) {
 		h.close()
 	}
 	must(t, os.Chmod(d.home+"/other", 0o710))
+}
+
+// TestCheckCopied: that two layers have one link is reported, of the same one each time.
+func TestCheckCopied(t *testing.T) {
+	overlaytest.Require(t, "root", "overlay")
+	overlaytest.NoLeaks(t)
+	home := filepath.Join(t.TempDir(), "home")
+	d, err := New(home, quietOptions(DurabilityOff))
+	must(t, err)
+	must(t, d.Create("base", "", nil))
+	overlaytest.CopyTree(t, home+"/base", home+"/copy")
+	for range 12 {
+		problems, err := d.Check()
+		must(t, err)
+		if got := fmt.Sprint(problems); !strings.Contains(got, "copy/link: layer is corrupt: layer base has the same link ") {
+			t.Error(got)
+		}
+	}
+	must(t, d.Cleanup())
 }
