@@ -234,6 +234,7 @@ func (a *app) importOne(d *overlay2.Driver, bars *progress, name string, img *im
 		return r, fmt.Errorf("another image named %q %w (use --replace)", name, store.ErrExists)
 	}
 	var made []string
+	filled := false
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, a.removeLayers(d, made))
@@ -243,26 +244,29 @@ func (a *app) importOne(d *overlay2.Driver, bars *progress, name string, img *im
 	parent := ""
 	for i, l := range img.Layers {
 		id := l.ChainID.Encoded()
-		have, err := a.haveLayer(d, id)
+		have, again, err := a.haveLayer(d, id)
 		if err != nil {
 			return r, err
 		}
 		fresh := have == nil
 		if fresh {
 			b := bars.add(fmt.Sprintf("layer %d/%d", i+1, len(img.Layers)), l.Size)
-			have, err = a.addLayer(d, id, parent, l, b)
+			have, err = a.addLayer(d, id, parent, l, again, b)
 			b.done(err)
 			if err != nil {
 				return r, err
 			}
-			made = append(made, id)
+			filled = true
+			if !again { // others may need one that was there
+				made = append(made, id)
+			}
 		}
 		record.Layers = append(record.Layers, id)
 		r.Layers = append(r.Layers, importedLayer{id, l.DiffID.String(), have.Size, fresh})
 		parent = id
 	}
 	// The image's record promises that its layers are there, after a power cut too.
-	if len(made) > 0 {
+	if filled {
 		if err := a.store.Sync(); err != nil {
 			return r, err
 		}

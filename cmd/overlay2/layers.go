@@ -15,20 +15,45 @@ import (
 	"github.com/bcc2decd/overlay2/cmd/overlay2/internal/store"
 )
 
-// haveLayer returns the layer if it is there and whole, else nil, and then nothing of it
-// is left: what a crash interrupted is removed.
-func (a *app) haveLayer(d *overlay2.Driver, id string) (*store.Layer, error) {
+// haveLayer returns the layer if it is there and whole, else nil. Then nothing of it is left: what a crash
+// interrupted is removed. Or again is set: its content was lost when power was cut, and it is to be filled again where
+// it is, since layers may lie on it.
+func (a *app) haveLayer(d *overlay2.Driver, id string) (have *store.Layer, again bool, err error) {
 	l, err := a.store.Layer(id)
-	if err == nil && !l.Pending && d.Exists(id) {
-		return l, nil
-	}
 	if err != nil && !errors.Is(err, store.ErrNotFound) {
-		return nil, err
+		return nil, false, err
 	}
-	if l == nil && !d.Exists(id) {
-		return nil, nil
+	if !d.Exists(id) {
+		if l == nil {
+			return nil, false, nil
+		}
+		return nil, false, a.removeLayers(d, []string{id})
 	}
-	return nil, a.removeLayers(d, []string{id})
+	// The record alone does not tell: it may have reached the disk before the layer.
+	switch whole, err := isWhole(d, id); {
+	case err != nil:
+		return nil, false, err
+	case !whole:
+		return nil, true, nil
+	}
+	if l != nil && !l.Pending {
+		return l, false, nil
+	}
+	return nil, false, a.removeLayers(d, []string{id})
+}
+
+// isWhole asks the driver whether a layer that is there has all its content.
+func isWhole(d *overlay2.Driver, id string) (bool, error) {
+	f, err := d.Files(id)
+	switch {
+	case err == nil:
+		return true, f.Close()
+	case errors.Is(err, overlay2.ErrIncomplete):
+		return false, nil
+	case errors.Is(err, overlay2.ErrNotSupported): // only of a whole layer
+		return true, nil
+	}
+	return false, err
 }
 
 // removeLayers removes layers, the last first.
@@ -42,19 +67,22 @@ func (a *app) removeLayers(d *overlay2.Driver, ids []string) error {
 	return a.store.DeleteLayers(ids...)
 }
 
-// addLayer makes an image layer of a stream. It is whole and verified, or not there.
-func (a *app) addLayer(d *overlay2.Driver, id, parent string, l image.Layer, b bar) (record *store.Layer, err error) {
+// addLayer makes an image layer of a stream. It is whole and verified, or not there; one that is filled again may stay
+// unfinished.
+func (a *app) addLayer(d *overlay2.Driver, id, parent string, l image.Layer, again bool, b bar) (record *store.Layer, err error) {
 	record = &store.Layer{ID: id, Parent: parent, Kind: store.KindImage, DiffID: l.DiffID, Created: now(), Pending: true}
 	if err := a.store.StageLayer(record); err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, a.removeLayers(d, []string{id}))
+	if !again {
+		defer func() {
+			if err != nil {
+				err = errors.Join(err, a.removeLayers(d, []string{id}))
+			}
+		}()
+		if err := d.Create(id, parent, nil); err != nil {
+			return nil, err
 		}
-	}()
-	if err := d.Create(id, parent, nil); err != nil {
-		return nil, err
 	}
 	if err := a.fillLayer(d, record, l, b); err != nil {
 		return nil, err
