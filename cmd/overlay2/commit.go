@@ -143,7 +143,7 @@ func (s *shownWriter) Write(p []byte) (int, error) {
 
 // commitConfig returns the base image's config with the new layer's diff id and a line of
 // history. What this program does not know in it stays.
-func commitConfig(base string, diffIDs []digest.Digest, f commitFlags) ([]byte, error) {
+func commitConfig(base store.Config, diffIDs []digest.Digest, f commitFlags) ([]byte, error) {
 	c := map[string]json.RawMessage{}
 	if base != "" {
 		if err := json.Unmarshal([]byte(base), &c); err != nil {

@@ -240,7 +240,7 @@ func (a *app) importOne(d *overlay2.Driver, bars *progress, name string, img *im
 			err = errors.Join(err, a.removeLayers(d, made))
 		}
 	}()
-	record := &store.Image{Name: name, ID: img.ConfigDigest, Config: string(img.Config), Layers: []string{}, Imported: now()}
+	record := &store.Image{Name: name, ID: img.ConfigDigest, Config: store.Config(img.Config), Layers: []string{}, Imported: now()}
 	parent := ""
 	for i, l := range img.Layers {
 		id := l.ChainID.Encoded()

@@ -114,9 +114,12 @@ func (a *app) checkRecords(d *overlay2.Driver, problems *[]problem) error {
 	add := func(where, format string, args ...any) {
 		*problems = append(*problems, problem{where, fmt.Sprintf(format, args...)})
 	}
-	images, err := a.store.Images()
+	images, damaged, err := a.store.Images()
 	if err != nil {
 		return err
+	}
+	for _, i := range damaged {
+		add(i.Name, "%v", i.Err)
 	}
 	layers, err := a.store.Layers()
 	if err != nil {

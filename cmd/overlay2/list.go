@@ -63,9 +63,12 @@ type listedLayer struct {
 // listing reads the records and the mount table. It needs no lock and opens no driver, so
 // that it answers while an import is running.
 func (a *app) listing() (*listing, error) {
-	images, err := a.store.Images()
+	images, damaged, err := a.store.Images()
 	if err != nil {
 		return nil, err
+	}
+	for _, i := range damaged {
+		a.remark("image %s: %v", i.Name, i.Err)
 	}
 	layers, err := a.store.Layers()
 	if err != nil {

@@ -58,6 +58,9 @@ func (a *app) remove(d *overlay2.Driver, ref string, force bool) ([]string, erro
 	if err == nil {
 		return a.removeImage(d, img)
 	}
+	if errors.Is(err, store.ErrRecord) {
+		return a.removeDamaged(d, ref)
+	}
 	if !errors.Is(err, store.ErrNotFound) {
 		return nil, err
 	}
@@ -91,13 +94,43 @@ func (a *app) remove(d *overlay2.Driver, ref string, force bool) ([]string, erro
 	return []string{l.ID}, a.removeLayers(d, []string{l.ID})
 }
 
-// users returns what needs the layer: images and layers above it, in words.
-func (a *app) users(id string) ([]string, error) {
-	images, err := a.store.Images()
+// all returns everything that may need a layer: images, those with a damaged record too, and layers.
+func (a *app) all() ([]*store.Image, []*store.Layer, error) {
+	images, damaged, err := a.store.Images()
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, i := range damaged {
+		if i.Layers == nil {
+			return nil, nil, fmt.Errorf("which layers image %s needs is not known (rm %s removes it): %w", i.Name, i.Name, i.Err)
+		}
+		images = append(images, &store.Image{Name: i.Name, Layers: i.Layers})
+	}
+	layers, err := a.store.Layers()
+	return images, layers, err
+}
+
+// removeDamaged removes an image whose record is damaged; its layers, if that does not tell them, stay.
+func (a *app) removeDamaged(d *overlay2.Driver, name string) ([]string, error) {
+	_, damaged, err := a.store.Images()
 	if err != nil {
 		return nil, err
 	}
-	layers, err := a.store.Layers()
+	for _, i := range damaged {
+		if i.Name != name {
+			continue
+		}
+		if i.Layers == nil {
+			return []string{name}, a.store.DeleteImage(name)
+		}
+		return a.removeImage(d, &store.Image{Name: name, Layers: i.Layers})
+	}
+	return nil, fmt.Errorf("image %q %w", name, store.ErrNotFound)
+}
+
+// users returns what needs the layer: images and layers above it, in words.
+func (a *app) users(id string) ([]string, error) {
+	images, layers, err := a.all()
 	if err != nil {
 		return nil, err
 	}
@@ -117,11 +150,7 @@ func (a *app) users(id string) ([]string, error) {
 
 // removeImage removes a name, and the layers that nothing needs any more.
 func (a *app) removeImage(d *overlay2.Driver, img *store.Image) ([]string, error) {
-	images, err := a.store.Images()
-	if err != nil {
-		return nil, err
-	}
-	layers, err := a.store.Layers()
+	images, layers, err := a.all()
 	if err != nil {
 		return nil, err
 	}
@@ -143,11 +172,7 @@ func (a *app) removeImage(d *overlay2.Driver, img *store.Image) ([]string, error
 
 // releaseLayers removes an image's layers from the top down to one that something needs.
 func (a *app) releaseLayers(d *overlay2.Driver, ids []string) (removed []string, err error) {
-	images, err := a.store.Images()
-	if err != nil {
-		return nil, err
-	}
-	layers, err := a.store.Layers()
+	images, layers, err := a.all()
 	if err != nil {
 		return nil, err
 	}

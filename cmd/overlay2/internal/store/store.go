@@ -43,8 +43,8 @@ type Image struct {
 	Name string `json:"name"`
 	// ID is the digest of Config.
 	ID digest.Digest `json:"id"`
-	// Config is the config's bytes: a string, so that they stay as they are.
-	Config string `json:"config"`
+	// Config is the config's bytes.
+	Config Config `json:"config"`
 	// Layers are the layers' ids, base first.
 	Layers []string `json:"layers"`
 	// Imported is when the name was given.
@@ -73,7 +73,7 @@ type Layer struct {
 	Created time.Time `json:"created"`
 	// Image and Config are those of the image a container was made from.
 	Image  string `json:"image,omitempty"`
-	Config string `json:"config,omitempty"`
+	Config Config `json:"config,omitempty"`
 	// Binds are the paths a container is bound to, beside the driver's mount.
 	Binds []string `json:"binds,omitempty"`
 }
@@ -169,43 +169,61 @@ func (s *Store) Image(name string) (*Image, error) {
 	if err := CheckImageName(name); err != nil {
 		return nil, fmt.Errorf("image %q %w", name, ErrNotFound)
 	}
+	img, err := s.readImage(name)
+	if err != nil {
+		return nil, err
+	}
+	return img, nil
+}
+
+// readImage returns what the record says besides an ErrRecord, too, as far as it can be read.
+func (s *Store) readImage(name string) (*Image, error) {
 	var img Image
 	if err := s.read(s.imagePath(name), &img); err != nil {
-		return nil, notFound("image", name, err)
-	}
-	if img.Name != name || digest.FromString(img.Config) != img.ID {
-		return nil, fmt.Errorf("%w: %s", ErrRecord, s.imagePath(name))
+		return &Image{}, notFound("image", name, err)
 	}
 	for _, id := range img.Layers {
 		if !fullID.MatchString(id) {
-			return nil, fmt.Errorf("%w: %s: layer %q", ErrRecord, s.imagePath(name), id)
+			return &Image{}, fmt.Errorf("%w: %s: layer %q", ErrRecord, s.imagePath(name), id)
 		}
+	}
+	if img.Name != name || digest.FromString(string(img.Config)) != img.ID {
+		return &img, fmt.Errorf("%w: %s", ErrRecord, s.imagePath(name))
 	}
 	return &img, nil
 }
 
-// Images returns all images by name.
-func (s *Store) Images() ([]*Image, error) {
+// Damaged is an image whose record is damaged.
+type Damaged struct {
+	Name string
+	// Layers are those that it needs, nil if the record does not tell.
+	Layers []string
+	Err    error
+}
+
+// Images returns all images by name, and those with a damaged record apart.
+func (s *Store) Images() (all []*Image, damaged []Damaged, err error) {
 	names, err := s.list(imageDir)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var all []*Image
 	for _, n := range names {
 		name, err := url.PathUnescape(n)
-		if err != nil {
-			return nil, fmt.Errorf("%w: %s: %w", ErrRecord, n, err)
+		if err != nil || CheckImageName(name) != nil || url.PathEscape(name) != n {
+			damaged = append(damaged, Damaged{n, []string{}, fmt.Errorf("%w: %s: no image has this name", ErrRecord, n)})
+			continue
 		}
-		img, err := s.Image(name)
-		if errors.Is(err, ErrNotFound) {
-			continue // removed since
+		switch img, err := s.readImage(name); {
+		case errors.Is(err, ErrNotFound): // removed since
+		case errors.Is(err, ErrRecord):
+			damaged = append(damaged, Damaged{name, img.Layers, err})
+		case err != nil:
+			return nil, nil, err
+		default:
+			all = append(all, img)
 		}
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, img)
 	}
-	return all, nil
+	return all, damaged, nil
 }
 
 // PutImage writes an image, in the place of one of the same name.

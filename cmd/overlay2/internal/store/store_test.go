@@ -31,11 +31,11 @@ func TestRecordsComeBack(t *testing.T) {
 	s := open(t)
 	id := strings.Repeat("ab", 32)
 	config := `{"odd":  "bytes \u00e9 stay"}`
-	img := &Image{Name: "host:5000/a/b:c+d", ID: digest.FromString(config), Config: config, Layers: []string{id}, Imported: time.Unix(1, 0).UTC()}
+	img := &Image{Name: "host:5000/a/b:c+d", ID: digest.FromString(config), Config: Config(config), Layers: []string{id}, Imported: time.Unix(1, 0).UTC()}
 	must(t, s.PutImage(img))
 	got, err := s.Image(img.Name)
 	must(t, err)
-	if got.Config != config || got.Layers[0] != id {
+	if string(got.Config) != config || got.Layers[0] != id {
 		t.Errorf("%+v", got)
 	}
 	must(t, s.PutLayer(&Layer{ID: id, Kind: KindImage}))
@@ -51,18 +51,38 @@ func TestRecordsComeBack(t *testing.T) {
 			t.Errorf("find %q: %v, %v", ref, l, err)
 		}
 	}
-	images, err := s.Images()
+	images, damaged, err := s.Images()
 	must(t, err)
 	layers, err := s.Layers()
 	must(t, err)
-	if len(images) != 1 || len(layers) != 2 {
-		t.Errorf("%d images, %d layers", len(images), len(layers))
+	if len(images) != 1 || len(layers) != 2 || len(damaged) != 0 {
+		t.Errorf("%d images, %d layers, %v", len(images), len(layers), damaged)
 	}
 	must(t, s.DeleteImage(img.Name))
 	must(t, s.DeleteLayers("box"))
 	must(t, s.DeleteLayers("box", id)) // twice is fine
 	if _, err := s.Image(img.Name); !errors.Is(err, ErrNotFound) {
 		t.Error(err)
+	}
+}
+
+// Configs are kept byte for byte: as text where JSON can hold them so, as it always was.
+func TestConfigs(t *testing.T) {
+	s := open(t)
+	for i, config := range []string{"{}", "\u2028<&>\x00\"", "M\xfcller", "\xff\xfe", "{\"base64\":\"\"}", "\ufffd"} {
+		must(t, s.PutImage(&Image{Name: "a", ID: digest.FromString(config), Config: Config(config)}))
+		got, err := s.Image("a")
+		must(t, err)
+		must(t, s.PutLayer(&Layer{ID: "box", Kind: KindContainer, Config: Config(config)}))
+		l, err := s.Layer("box")
+		must(t, err)
+		if string(got.Config) != config || string(l.Config) != config {
+			t.Errorf("%d: %q became %q and %q", i, config, got.Config, l.Config)
+		}
+	}
+	must(t, os.WriteFile(s.imagePath("a"), []byte(`{"name":"a","id":"`+digest.FromString("{ü}").String()+`","config":"{\u00fc}"}`), 0o600))
+	if img, err := s.Image("a"); err != nil || img.Config != "{ü}" {
+		t.Errorf("the former form: %+v, %v", img, err)
 	}
 }
 
@@ -108,6 +128,10 @@ func TestDamagedRecords(t *testing.T) {
 	must(t, os.WriteFile(s.imagePath("a"), []byte(`{"name":"a","id":"`+digest.FromString("x").String()+`","config":"y"}`), 0o600))
 	if _, err := s.Image("a"); !errors.Is(err, ErrRecord) {
 		t.Error(err)
+	}
+	must(t, os.WriteFile(filepath.Join(s.root, imageDir, "%zz.json"), []byte("{}"), 0o600))
+	if all, damaged, err := s.Images(); err != nil || len(all) != 0 || len(damaged) != 2 || damaged[1].Name != "a" {
+		t.Errorf("%v, %v, %v", all, damaged, err)
 	}
 	must(t, s.PutLayer(&Layer{ID: "a", Kind: KindContainer, Parent: "b"}))
 	must(t, s.PutLayer(&Layer{ID: "b", Kind: KindContainer, Parent: "a"}))
