@@ -233,6 +233,10 @@ func (a *app) importOne(d *overlay2.Driver, bars *progress, name string, img *im
 	if old != nil && old.ID != img.ConfigDigest && !replace {
 		return r, fmt.Errorf("another image named %q %w (use --replace)", name, store.ErrExists)
 	}
+	replaced, err := a.checkReplaced(d, old, img)
+	if err != nil {
+		return r, err
+	}
 	var made []string
 	filled := false
 	defer func() {
@@ -275,10 +279,21 @@ func (a *app) importOne(d *overlay2.Driver, bars *progress, name string, img *im
 		return r, err
 	}
 	made = nil // they have their name now, whatever comes
-	if old != nil && old.ID != img.ConfigDigest {
-		if _, err := a.releaseLayers(d, old.Layers); err != nil {
-			return r, err
-		}
+	return r, a.removeLayers(d, replaced)
+}
+
+// checkReplaced returns the layers of the image old, which may be nil, that nothing needs once img has its name. They are free.
+func (a *app) checkReplaced(d *overlay2.Driver, old *store.Image, img *image.Image) ([]string, error) {
+	if old == nil || old.ID == img.ConfigDigest {
+		return nil, nil
 	}
-	return r, nil
+	var keep []string
+	for _, l := range img.Layers {
+		keep = append(keep, l.ChainID.Encoded())
+	}
+	gone, err := a.unneeded(old, keep...)
+	if err != nil {
+		return nil, err
+	}
+	return gone, a.checkFree(d, gone, false)
 }

@@ -8,9 +8,11 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"slices"
 	"text/tabwriter"
 
 	"github.com/bcc2decd/overlay2"
+	"github.com/bcc2decd/overlay2/cmd/overlay2/internal/store"
 	"github.com/spf13/cobra"
 )
 
@@ -61,7 +63,7 @@ func (a *app) info() error {
 func (a *app) checkCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "check",
-		Short: "look for damage; exit code 1 if there is any",
+		Short: "look for damage, and for image layers that nothing needs; exit code 1 if there is any",
 		Args:  cobra.NoArgs,
 		RunE:  func(*cobra.Command, []string) error { return a.check() },
 	}
@@ -147,6 +149,11 @@ func (a *app) checkRecords(d *overlay2.Driver, problems *[]problem) error {
 			}
 		}
 	}
+	if !slices.ContainsFunc(damaged, func(i store.Damaged) bool { return i.Layers == nil }) {
+		for _, id := range orphans(images, damaged, layers) {
+			add(id, "nothing needs it: rm removes it")
+		}
+	}
 	entries, err := os.ReadDir(a.store.Home())
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -159,4 +166,36 @@ func (a *app) checkRecords(d *overlay2.Driver, problems *[]problem) error {
 		}
 	}
 	return err
+}
+
+// orphans returns the image layers that neither an image nor a container lies on: what was interrupted may leave them.
+func orphans(images []*store.Image, damaged []store.Damaged, layers []*store.Layer) (ids []string) {
+	needed, parents := map[string]bool{}, map[string]string{}
+	for _, i := range images {
+		for _, id := range i.Layers {
+			needed[id] = true
+		}
+	}
+	for _, i := range damaged {
+		for _, id := range i.Layers {
+			needed[id] = true
+		}
+	}
+	for _, l := range layers {
+		parents[l.ID] = l.Parent
+	}
+	for _, l := range layers {
+		// One that was never finished is told already.
+		if l.Kind == store.KindContainer || l.Pending {
+			for id := l.ID; id != "" && !needed[id]; id = parents[id] {
+				needed[id] = true
+			}
+		}
+	}
+	for _, l := range layers {
+		if !needed[l.ID] {
+			ids = append(ids, l.ID)
+		}
+	}
+	return ids
 }

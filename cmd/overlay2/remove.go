@@ -56,10 +56,10 @@ func (a *app) rm(refs []string, force bool) error {
 func (a *app) remove(d *overlay2.Driver, ref string, force bool) ([]string, error) {
 	img, err := a.image(ref)
 	if err == nil {
-		return a.removeImage(d, img)
+		return a.removeImage(d, img, force)
 	}
 	if errors.Is(err, store.ErrRecord) {
-		return a.removeDamaged(d, ref)
+		return a.removeDamaged(d, ref, force)
 	}
 	if !errors.Is(err, store.ErrNotFound) {
 		return nil, err
@@ -78,18 +78,8 @@ func (a *app) remove(d *overlay2.Driver, ref string, force bool) ([]string, erro
 	if len(used) > 0 {
 		return nil, fmt.Errorf("layer %s %w by %s", short(l.ID), store.ErrInUse, used[0])
 	}
-	if d.Exists(l.ID) && !l.Pending {
-		_, was, err := a.mounted(d, l.ID)
-		// A layer that is too damaged to say is there to be removed all the same: the driver
-		// refuses if it is mounted.
-		if err == nil && (was || len(l.Binds) > 0) {
-			if was && !force {
-				return nil, fmt.Errorf("layer %s %w: it is mounted (umount it, or rm -f)", short(l.ID), store.ErrInUse)
-			}
-			if _, err := a.unmountLayer(d, l); err != nil {
-				return nil, err
-			}
-		}
+	if err := a.checkFree(d, []string{l.ID}, force); err != nil {
+		return nil, err
 	}
 	return []string{l.ID}, a.removeLayers(d, []string{l.ID})
 }
@@ -111,7 +101,7 @@ func (a *app) all() ([]*store.Image, []*store.Layer, error) {
 }
 
 // removeDamaged removes an image whose record is damaged; its layers, if that does not tell them, stay.
-func (a *app) removeDamaged(d *overlay2.Driver, name string) ([]string, error) {
+func (a *app) removeDamaged(d *overlay2.Driver, name string, force bool) ([]string, error) {
 	_, damaged, err := a.store.Images()
 	if err != nil {
 		return nil, err
@@ -123,7 +113,7 @@ func (a *app) removeDamaged(d *overlay2.Driver, name string) ([]string, error) {
 		if i.Layers == nil {
 			return []string{name}, a.store.DeleteImage(name)
 		}
-		return a.removeImage(d, &store.Image{Name: name, Layers: i.Layers})
+		return a.removeImage(d, &store.Image{Name: name, Layers: i.Layers}, force)
 	}
 	return nil, fmt.Errorf("image %q %w", name, store.ErrNotFound)
 }
@@ -148,8 +138,8 @@ func (a *app) users(id string) ([]string, error) {
 	return used, nil
 }
 
-// removeImage removes a name, and the layers that nothing needs any more.
-func (a *app) removeImage(d *overlay2.Driver, img *store.Image) ([]string, error) {
+// removeImage removes a name, and the layers that nothing needs any more; nothing, if one of those is in use.
+func (a *app) removeImage(d *overlay2.Driver, img *store.Image, force bool) ([]string, error) {
 	images, layers, err := a.all()
 	if err != nil {
 		return nil, err
@@ -163,35 +153,52 @@ func (a *app) removeImage(d *overlay2.Driver, img *store.Image) ([]string, error
 			return nil, fmt.Errorf("image %s %w by layer %s", img.Name, store.ErrInUse, l.ID)
 		}
 	}
+	gone, err := a.unneeded(img)
+	if err != nil {
+		return nil, err
+	}
+	if err := a.checkFree(d, gone, force); err != nil {
+		return nil, err
+	}
 	if err := a.store.DeleteImage(img.Name); err != nil {
 		return nil, err
 	}
-	removed, err := a.releaseLayers(d, img.Layers)
+	removed := slices.Clone(gone)
+	slices.Reverse(removed)
+	err = a.removeLayers(d, gone)
+	if err != nil && img.ID != "" && len(gone) > 0 && d.Exists(removed[0]) {
+		// Somebody was quicker than the look at the layers: all are there still.
+		return nil, errors.Join(err, a.store.PutImage(img))
+	}
 	return append([]string{img.Name}, removed...), err
 }
 
-// releaseLayers removes an image's layers from the top down to one that something needs.
-func (a *app) releaseLayers(d *overlay2.Driver, ids []string) (removed []string, err error) {
+// unneeded returns those of an image's layers, the lowest first, that nothing needs once the image has lost its name: from the top
+// down to one that something else does need. Layers in keep are needed.
+func (a *app) unneeded(img *store.Image, keep ...string) ([]string, error) {
 	images, layers, err := a.all()
 	if err != nil {
 		return nil, err
 	}
 	needed := map[string]int{} // by how many
+	for _, id := range keep {
+		needed[id]++
+	}
 	for _, i := range images {
 		for _, id := range i.Layers {
-			needed[id]++
+			if i.Name != img.Name {
+				needed[id]++
+			}
 		}
 	}
 	for _, l := range layers {
 		needed[l.Parent]++
 	}
-	keep := len(ids)
-	for keep > 0 && needed[ids[keep-1]] == 0 {
-		if keep--; keep > 0 {
-			needed[ids[keep-1]]-- // the layer that goes was a child of this one
+	ids, from := img.Layers, len(img.Layers)
+	for from > 0 && needed[ids[from-1]] == 0 {
+		if from--; from > 0 {
+			needed[ids[from-1]]-- // the layer that goes was a child of this one
 		}
 	}
-	removed = slices.Clone(ids[keep:])
-	slices.Reverse(removed)
-	return removed, a.removeLayers(d, ids[keep:])
+	return slices.Clone(ids[from:]), nil
 }
