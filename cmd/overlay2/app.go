@@ -54,7 +54,8 @@ func (a *app) command() *cobra.Command {
 Layers lie in ROOT/overlay2, in Docker's format; names and configs beside it.
 
 Exit codes: 0 done; 1 failed, or check, repair or verify found something; 2 wrong usage; 3 not found;
-4 exists already or is in use; 5 the image is damaged or cannot be read; 130 interrupted.`,
+4 exists already or is in use; 5 the image is damaged or cannot be read; 130 interrupted;
+141 the reader of the output went away.`,
 		Args:          cobra.NoArgs,
 		SilenceErrors: true,
 		SilenceUsage:  true,

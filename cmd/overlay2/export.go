@@ -110,15 +110,11 @@ func checkEmpty(dir string) error {
 // exportImage writes the layout beside its place and moves it there when it is whole.
 func (a *app) exportImage(d *overlay2.Driver, bars *progress, img *store.Image, to, compress string, archive bool) (r exported, err error) {
 	r = exported{Name: img.Name, To: to, Layers: []string{}, Repacked: []string{}}
-	parent := a.store.Temp()
-	if to != "-" {
-		parent = filepath.Dir(filepath.Clean(to))
-	}
-	tmp, err := os.MkdirTemp(parent, ".overlay2-export-")
+	tmp, done, err := a.exportDir(to)
 	if err != nil {
 		return r, err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
+	defer func() { err = errors.Join(err, done()) }()
 	w, err := image.NewWriter(tmp)
 	if err != nil {
 		return r, err
@@ -158,6 +154,20 @@ func (a *app) exportImage(d *overlay2.Driver, bars *progress, img *store.Image, 
 		return r, os.Rename(tmp, filepath.Clean(to)) // onto an empty directory too
 	}
 	return r, a.exportArchive(bars, tmp, to)
+}
+
+// exportDir makes the directory that the layout is written to, and returns what removes it: beside its place, or for standard
+// output in the store.
+func (a *app) exportDir(to string) (path string, done func() error, err error) {
+	if to == "-" {
+		tmp, err := a.store.MakeTemp()
+		if err != nil {
+			return "", nil, err
+		}
+		return tmp.Path, tmp.Close, nil
+	}
+	path, err = os.MkdirTemp(filepath.Dir(filepath.Clean(to)), ".overlay2-export-")
+	return path, func() error { return os.RemoveAll(path) }, err
 }
 
 // exportArchive writes the layout in dir as a tar.

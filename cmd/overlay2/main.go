@@ -5,7 +5,7 @@
 //
 // Exit codes: 0 done, 1 failed (also: check has found problems, repair left some, verify a difference),
 // 2 wrong usage, 3 no such image, layer or file, 4 the name is taken or the thing in use,
-// 5 the image is damaged or of a kind that cannot be read, 130 interrupted.
+// 5 the image is damaged or of a kind that cannot be read, 130 interrupted, 141 the reader of the output went away.
 package main
 
 import (
@@ -32,12 +32,15 @@ const (
 	exitConflict    = 4
 	exitImage       = 5
 	exitInterrupted = 130
+	exitPipe        = 141
 )
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM, unix.SIGHUP)
 	// The first signal asks for a clean end. A second one ends the process as usual.
 	context.AfterFunc(ctx, stop)
+	// A reader that goes away is an error of the write, so that what is mounted and laid out is taken away again.
+	signal.Ignore(unix.SIGPIPE)
 	code := run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr)
 	stop()
 	os.Exit(code)
@@ -52,10 +55,11 @@ func run(ctx context.Context, args []string, in io.Reader, out, errOut io.Writer
 	if err == nil {
 		return exitOK
 	}
-	if !errors.Is(err, errSilent) {
+	code := exitCode(err)
+	if !errors.Is(err, errSilent) && code != exitPipe {
 		fmt.Fprintf(errOut, "overlay2: %v\n", err)
 	}
-	return exitCode(err)
+	return code
 }
 
 // errSilent is a failure that the output has told already.
@@ -83,6 +87,8 @@ func exitCode(err error) int {
 		return exitUsage
 	case is(context.Canceled):
 		return exitInterrupted
+	case is(unix.EPIPE):
+		return exitPipe
 	case is(image.ErrInvalid, image.ErrDigest, image.ErrMissing, image.ErrUnsupported, image.ErrPlatform):
 		return exitImage
 	case is(store.ErrExists, store.ErrInUse, overlay2.ErrLayerExists, overlay2.ErrLayerInUse, unix.EBUSY):

@@ -101,7 +101,7 @@ func (s *Store) Lock(ctx context.Context, waiting func()) (io.Closer, error) {
 	return f, nil
 }
 
-// sweep removes half-written files that a crash left. The caller has the lock.
+// sweep removes half-written files and temporary directories that a crash left. The caller has the lock.
 func (s *Store) sweep() error {
 	for _, dir := range []string{imageDir, layerDir} {
 		entries, err := os.ReadDir(filepath.Join(s.root, dir))
@@ -116,5 +116,5 @@ func (s *Store) sweep() error {
 			}
 		}
 	}
-	return nil
+	return s.sweepTemp()
 }

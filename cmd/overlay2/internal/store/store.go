@@ -6,7 +6,7 @@
 //	ROOT/images/NAME.json    an Image, the name escaped
 //	ROOT/layers/ID.json      a Layer
 //	ROOT/layers/ID.split.gz  how to make the very bytes of the layer's tar again (tar-split)
-//	ROOT/tmp/                archives laid out for random access; files without names
+//	ROOT/tmp/                archives laid out for random access, files without names; locked directories
 //	ROOT/lock                locked by a command that changes the set of layers or images
 package store
 
