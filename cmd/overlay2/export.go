@@ -30,8 +30,9 @@ must not be there or be empty, or, where the name ends in .tar, to an archive, w
 reads too; "-" is an archive on standard output.
 
 Layers that were imported come out with the digests they came with: the same image, the same id.
-Where a layer's tar cannot be made again byte for byte (an entry replaced by a later one of the
-same name) it is packed anew, the config gets its digest, and export says so.`,
+Where a layer's tar could never be made again byte for byte (an entry replaced by a later one of
+the same name, a sparse file) it is packed anew, the config gets its digest, and export says so.
+Where it could, and does not have its digest any more, the layer is damaged, and nothing is written.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error { return a.export(args[0], to, compress) },
 	}
@@ -202,29 +203,58 @@ func (s *countedReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// exportLayer writes one layer: as the very tar it was, if that can be made again, else
-// packed anew.
+// exportLayer writes one layer: as the very tar it was, if that could be made again when it was imported, else packed anew.
 func (a *app) exportLayer(d *overlay2.Driver, w *image.Writer, l *store.Layer, compress string, b bar) (anew bool, err error) {
-	m, err := d.GetMetadata(l.ID)
+	again := func(r io.ReadCloser, want digest.Digest) error {
+		_, err := w.AddLayer(a.ctx, &countedReader{r, b, 0}, compress, want)
+		return errors.Join(err, r.Close())
+	}
+	path := a.store.SplitPath(l.ID)
+	if _, err := os.Lstat(path); err == nil {
+		return false, a.replay(d, l.ID, func(dir string) error {
+			r, err := split.Replay(path, dir)
+			if err != nil {
+				return fmt.Errorf("%w: %w", image.ErrDigest, err)
+			}
+			return again(damaged{r}, l.DiffID)
+		})
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	r, err := d.Diff(l.ID, l.Parent)
 	if err != nil {
 		return false, err
 	}
-	again := func(open func() (io.ReadCloser, error), want digest.Digest) error {
-		r, err := open()
-		if err != nil {
-			return err
-		}
-		_, err = w.AddLayer(a.ctx, &countedReader{r, b, 0}, compress, want)
-		return errors.Join(err, r.Close())
-	}
-	err = again(func() (io.ReadCloser, error) { return split.Replay(a.store.SplitPath(l.ID), m["UpperDir"]) }, l.DiffID)
-	if err == nil || a.ctx.Err() != nil {
-		return false, err
-	}
-	diff := func() (io.ReadCloser, error) { return d.Diff(l.ID, l.Parent) }
-	if err := again(diff, ""); err != nil {
+	if err := again(r, ""); err != nil {
 		return false, err
 	}
 	ids := w.DiffIDs()
 	return ids[len(ids)-1] != l.DiffID, nil
+}
+
+// replay calls f with the directory of a layer, which is whole and stays as long.
+func (a *app) replay(d *overlay2.Driver, id string, f func(dir string) error) error {
+	m, err := d.GetMetadata(id)
+	if err != nil {
+		return err
+	}
+	files, err := d.Files(id)
+	if errors.Is(err, overlay2.ErrNotSupported) {
+		return f(m["UpperDir"])
+	}
+	if err != nil {
+		return err
+	}
+	return errors.Join(f(m["UpperDir"]), files.Close())
+}
+
+// damaged is the tar of a layer. If it cannot be read to its end the layer is not what it was.
+type damaged struct{ io.ReadCloser }
+
+func (d damaged) Read(p []byte) (int, error) {
+	n, err := d.ReadCloser.Read(p)
+	if err != nil && err != io.EOF {
+		err = fmt.Errorf("%w: %w", image.ErrDigest, err)
+	}
+	return n, err
 }

@@ -111,7 +111,11 @@ func (a *app) fillLayer(d *overlay2.Driver, record *store.Layer, l image.Layer, 
 		return fmt.Errorf("layer %s: %w: not read to its end", record.DiffID, image.ErrInvalid)
 	}
 	record.TarSize = stream.Size()
-	return rec.Keep()
+	m, err := d.GetMetadata(record.ID)
+	if err != nil {
+		return err
+	}
+	return rec.Keep(m["UpperDir"])
 }
 
 // badTar tells an image's fault from ours. A tar that makes no sense is most often not the

@@ -98,6 +98,41 @@ func TestExportPacksAnew(t *testing.T) {
 	other.do("umount", "box")
 }
 
+// A layer whose files are not those that were imported is not exported as if they were.
+func TestExportOfDamage(t *testing.T) {
+	for name, damage := range map[string]func(file, split string) error{
+		"content":       func(file, _ string) error { return os.WriteFile(file, []byte("jello\n"), 0o600) },
+		"gone":          func(file, _ string) error { return os.Remove(file) },
+		"garbled split": func(_, split string) error { return os.Truncate(split, 50) },
+	} {
+		o := newTool(t)
+		o.do("import", ociSource(t, "gzip", someLayers(t), nil).dir(t), "--name", "a")
+		var l listing
+		o.json(&l, "ls")
+		id := l.Images[0].Layers[0]
+		must(t, damage(filepath.Join(o.root, "overlay2", id, "diff/etc/motd"), filepath.Join(o.root, "layers", id+".split.gz")))
+		to := filepath.Join(t.TempDir(), "out")
+		o.fails(exitImage, "digest mismatch", "export", "a", "--to", to)
+		if _, err := os.Stat(to); err == nil {
+			t.Errorf("%s: it was exported", name)
+		}
+	}
+}
+
+// An odd tar is packed anew: an entry that a later one replaces, by another spelling of its name.
+func TestExportOfOddTar(t *testing.T) {
+	o := newTool(t)
+	odd := [][]byte{tarOf(t, "etc/motd", "first", "/etc/motd", "second", "etc/gone", "x", "etc/.wh.gone", "")}
+	o.do("import", ociSource(t, "gzip", odd, nil).dir(t), "--name", "a")
+	to := filepath.Join(t.TempDir(), "out")
+	if code, _, said := o.try("export", "a", "--to", to); code != exitOK || !strings.Contains(said, "packed anew") {
+		t.Errorf("code %d, said %q", code, said)
+	}
+	o.do("import", to, "--name", "b")
+	same(t, o.mount("box", "a"), o.mount("box2", "b"))
+	o.do("rm", "-f", "box", "box2")
+}
+
 func TestExportIsReadByOthers(t *testing.T) {
 	o := newTool(t)
 	o.do("import", shipped, "--name", "demo/app:v1")

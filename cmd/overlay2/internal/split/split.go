@@ -25,9 +25,11 @@ type Recorder struct {
 	feed *io.PipeWriter
 	done chan struct{} // closed when the parser is done; then whole is set
 	// whole says that the parser has read the whole tar. Else the layer has no split.
-	whole bool
-	off   bool // the parser wants no more
-	end   error
+	whole  bool
+	failed error // the split could not be written
+	off    bool  // the parser wants no more
+	n      int64 // read
+	end    error
 }
 
 // Record returns a reader of r that writes the split of what is read. A tar that tar-split
@@ -44,11 +46,27 @@ func Record(r io.Reader, path string) *Recorder {
 	rec.feed = pw
 	go func() {
 		defer close(rec.done)
-		rec.whole = parse(pr, tmp) == nil
+		out := &errWriter{w: tmp}
+		rec.whole = parse(pr, out) == nil
+		rec.failed = out.err
 		// The feeder must not wait for a parser that has given up.
 		pr.CloseWithError(errParser)
 	}()
 	return rec
+}
+
+// errWriter remembers the first error of a writer.
+type errWriter struct {
+	w   io.Writer
+	err error
+}
+
+func (e *errWriter) Write(p []byte) (int, error) {
+	n, err := e.w.Write(p)
+	if e.err == nil {
+		e.err = err
+	}
+	return n, err
 }
 
 // errParser says that the parser has gone; the feeder then goes on without.
@@ -78,6 +96,7 @@ func (r *Recorder) Read(p []byte) (int, error) {
 		return 0, r.end
 	}
 	n, err := r.src.Read(p)
+	r.n += int64(n)
 	if n > 0 && !r.off {
 		if _, werr := r.feed.Write(p[:n]); werr != nil {
 			r.off = true
@@ -87,9 +106,9 @@ func (r *Recorder) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Keep puts the split in its place, if there is one. The tar must have been read to its end.
-// The caller flushes it to the disk.
-func (r *Recorder) Keep() error {
+// Keep puts the split in its place, if the tar can be made again from it and the files in dir, to which it was unpacked. The tar
+// must have been read to its end. The caller flushes the split to the disk.
+func (r *Recorder) Keep(dir string) error {
 	if r.end != io.EOF {
 		return fmt.Errorf("tar-split: the tar was not read to its end: %w", r.end)
 	}
@@ -97,10 +116,57 @@ func (r *Recorder) Keep() error {
 		return err
 	}
 	<-r.done
+	if r.failed != nil {
+		return fmt.Errorf("tar-split: %w", r.failed)
+	}
 	if !r.whole {
 		return nil
 	}
+	if fits, err := r.fits(dir); err != nil || !fits {
+		return err
+	}
 	return os.Rename(r.tmp.Name(), r.path)
+}
+
+// fits reports whether the split and the files that it names make as many bytes as the tar had. They don't where an entry was
+// replaced or deleted by a later one, was no file for the layer, or is sparse: whether files have changed since nobody could tell then.
+func (r *Recorder) fits(dir string) (fits bool, err error) {
+	if _, err := r.tmp.Seek(0, io.SeekStart); err != nil {
+		return false, err
+	}
+	z, err := gzip.NewReader(bufio.NewReader(r.tmp))
+	if err != nil {
+		return false, err
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return false, err
+	}
+	defer func() { err = errors.Join(err, z.Close(), root.Close()) }()
+	n, seen := int64(0), map[string]bool{}
+	for entries := storage.NewJSONUnpacker(z); ; {
+		e, err := entries.Next()
+		if err == io.EOF {
+			return n == r.n, nil
+		}
+		if err != nil {
+			return false, err
+		}
+		if e.Type == storage.SegmentType {
+			n += int64(len(e.Payload))
+			continue
+		}
+		if e.Size == 0 {
+			continue
+		}
+		n += e.Size
+		name := clean(e.GetName())
+		st, err := root.Lstat(name)
+		if err != nil || !st.Mode().IsRegular() || st.Size() != e.Size || seen[name] {
+			return false, nil
+		}
+		seen[name] = true
+	}
 }
 
 // Close ends the recording. What Keep has not kept is removed.
@@ -120,8 +186,7 @@ func (r *Recorder) Close() error {
 }
 
 // Replay returns the tar whose split lies at path and whose files lie in the directory
-// dir. No split is os.ErrNotExist. A file that is not as it was, or not there (a
-// later entry of the same name has replaced it), is an error of Read.
+// dir. No split is os.ErrNotExist. A file that is not as it was, or not there, is an error of Read.
 func Replay(path, dir string) (io.ReadCloser, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -164,8 +229,7 @@ func (r *replay) Close() error {
 type files struct{ root *os.Root }
 
 func (f files) Get(name string) (io.ReadCloser, error) {
-	name = filepath.Clean(strings.TrimLeft(name, "/"))
-	file, err := f.root.OpenFile(name, os.O_RDONLY|nonblock, 0)
+	file, err := f.root.OpenFile(clean(name), os.O_RDONLY|nonblock, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -178,3 +242,6 @@ func (f files) Get(name string) (io.ReadCloser, error) {
 	}
 	return file, nil
 }
+
+// clean returns where in a layer an entry of a tar lies.
+func clean(name string) string { return filepath.Clean(strings.TrimLeft(name, "/")) }

@@ -3,12 +3,15 @@ package split
 import (
 	"archive/tar"
 	"bytes"
+	"crypto/rand"
 	"errors"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 
+	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	"golang.org/x/sys/unix"
 )
 
@@ -36,7 +39,7 @@ func layer(t *testing.T) (tarball []byte, dir string) {
 	return b.Bytes(), dir
 }
 
-func record(t *testing.T, b []byte) string {
+func record(t *testing.T, b []byte, dir string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "x.split.gz")
 	r := Record(bytes.NewReader(b), path)
@@ -45,7 +48,7 @@ func record(t *testing.T, b []byte) string {
 	if !bytes.Equal(got, b) {
 		t.Error("the tar is not passed through")
 	}
-	must(t, r.Keep())
+	must(t, r.Keep(dir))
 	must(t, r.Close())
 	entries, err := os.ReadDir(filepath.Dir(path))
 	must(t, err)
@@ -66,7 +69,7 @@ func replayAll(path, dir string) ([]byte, error) {
 
 func TestSameBytes(t *testing.T) {
 	b, dir := layer(t)
-	got, err := replayAll(record(t, b), dir)
+	got, err := replayAll(record(t, b, dir), dir)
 	must(t, err)
 	if !bytes.Equal(got, b) {
 		t.Error("another tar")
@@ -75,7 +78,7 @@ func TestSameBytes(t *testing.T) {
 
 func TestChangedFiles(t *testing.T) {
 	b, dir := layer(t)
-	path := record(t, b)
+	path := record(t, b, dir)
 	file := filepath.Join(dir, "a")
 	for name, spoil := range map[string]func() error{
 		"content": func() error { return os.WriteFile(file, []byte("other"), 0o600) },
@@ -101,7 +104,7 @@ func TestUnparsable(t *testing.T) {
 	if !bytes.Equal(got, junk) {
 		t.Error("not passed through")
 	}
-	must(t, r.Keep())
+	must(t, r.Keep(t.TempDir()))
 	must(t, r.Close())
 	if _, err := Replay(path, t.TempDir()); !errors.Is(err, os.ErrNotExist) {
 		t.Error(err)
@@ -115,7 +118,7 @@ func TestGivenUp(t *testing.T) {
 	r := Record(bytes.NewReader(b), filepath.Join(dir, "x"))
 	_, err := io.CopyN(io.Discard, r, 700)
 	must(t, err)
-	if err := r.Keep(); err == nil {
+	if err := r.Keep(dir); err == nil {
 		t.Error("half a split is kept")
 	}
 	must(t, r.Close())
@@ -124,4 +127,68 @@ func TestGivenUp(t *testing.T) {
 	if len(entries) > 0 {
 		t.Errorf("left: %v", entries)
 	}
+}
+
+// A tar that the layer's files cannot make again has no split; so where there is one, and it fails, the layer is damaged.
+func TestNotToBeMadeAgain(t *testing.T) {
+	for name, entries := range map[string][]tar.Header{
+		"twice":               {{Name: "a", Size: 5}, {Name: "a", Size: 5}},
+		"twice, once from /":  {{Name: "a", Size: 5}, {Name: "/a", Size: 5}},
+		"deleted again":       {{Name: "b", Size: 5}, {Name: ".wh.b"}},
+		"another's content":   {{Name: "a", Size: 7}},
+		"no file":             {{Name: "d", Size: 5}},
+		"a file of the union": {{Name: ".wh..wh.plnk/1.2", Size: 5}, {Name: "a", Size: 5}},
+	} {
+		dir := t.TempDir()
+		must(t, os.WriteFile(filepath.Join(dir, "a"), []byte("12345"), 0o600))
+		must(t, os.Mkdir(filepath.Join(dir, "d"), 0o700))
+		var b bytes.Buffer
+		w := tar.NewWriter(&b)
+		for _, h := range entries {
+			h.Typeflag, h.Mode = tar.TypeReg, 0o600
+			must(t, w.WriteHeader(&h))
+			_, err := w.Write([]byte("1234567")[:h.Size])
+			must(t, err)
+		}
+		must(t, w.Close())
+		if _, err := os.Stat(record(t, b.Bytes(), dir)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s: there is a split (%v)", name, err)
+		}
+	}
+	// Sparse: tar-split sees the file with its holes, which the tar has not.
+	overlaytest.Require(t, "cmd:tar")
+	dir := t.TempDir()
+	file := filepath.Join(dir, "a")
+	must(t, os.WriteFile(file, []byte("12345"), 0o600))
+	must(t, os.Truncate(file, 1<<20))
+	for _, format := range []string{"gnu", "posix"} {
+		b, err := exec.Command("tar", "-C", dir, "--format", format, "-cSf", "-", "a").Output()
+		must(t, err)
+		path := record(t, b, dir)
+		if got, err := replayAll(path, dir); !errors.Is(err, os.ErrNotExist) && !bytes.Equal(got, b) {
+			t.Errorf("%s: there is a split of another tar (%v)", format, err)
+		}
+	}
+}
+
+// A split that could not be written is an error, no tar without a split.
+func TestSplitNoSpace(t *testing.T) {
+	overlaytest.Require(t, "root")
+	dir := t.TempDir()
+	must(t, unix.Mount("overlay2-test", dir, "tmpfs", 0, "size=16k"))
+	defer func() { must(t, unix.Unmount(dir, 0)) }()
+	tarball := make([]byte, 1<<20)
+	_, err := rand.Read(tarball)
+	must(t, err)
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	must(t, w.Close())
+	b.Write(tarball) // padding, all of which is in the split
+	r := Record(&b, filepath.Join(dir, "x"))
+	_, err = io.Copy(io.Discard, r)
+	must(t, err)
+	if err := r.Keep(dir); !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("%v, want ENOSPC", err)
+	}
+	must(t, r.Close())
 }
