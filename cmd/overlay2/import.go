@@ -248,7 +248,7 @@ func (a *app) importOne(d *overlay2.Driver, bars *progress, name string, img *im
 	parent := ""
 	for i, l := range img.Layers {
 		id := l.ChainID.Encoded()
-		have, again, err := a.haveLayer(d, id)
+		have, again, err := a.haveLayer(d, id, parent, l.DiffID)
 		if err != nil {
 			return r, err
 		}

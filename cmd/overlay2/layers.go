@@ -13,20 +13,28 @@ import (
 	"github.com/bcc2decd/overlay2/cmd/overlay2/internal/image"
 	"github.com/bcc2decd/overlay2/cmd/overlay2/internal/split"
 	"github.com/bcc2decd/overlay2/cmd/overlay2/internal/store"
+	"github.com/opencontainers/go-digest"
 )
 
 // haveLayer returns the layer if it is there and whole, else nil. Then nothing of it is left: what a crash
 // interrupted is removed. Or again is set: its content was lost when power was cut, and it is to be filled again where
 // it is, since layers may lie on it.
-func (a *app) haveLayer(d *overlay2.Driver, id string) (have *store.Layer, again bool, err error) {
+//
+// A layer that is another one is ErrInvalid, and stays: the image wants a tar whose digest is that layer's id.
+func (a *app) haveLayer(d *overlay2.Driver, id, parent string, diffID digest.Digest) (have *store.Layer, again bool, err error) {
 	l, err := a.store.Layer(id)
 	if err != nil && !errors.Is(err, store.ErrNotFound) {
 		return nil, false, err
 	}
-	if !d.Exists(id) {
-		if l == nil {
-			return nil, false, nil
-		}
+	// An empty record tells neither.
+	other := l != nil && l.DiffID != "" && (l.DiffID != diffID || l.Parent != parent)
+	if other && !l.Pending {
+		return nil, false, fmt.Errorf("%w: layer %s is there, of the tar %s over %q", image.ErrInvalid, id, l.DiffID, l.Parent)
+	}
+	switch exists := d.Exists(id); {
+	case l == nil && !exists:
+		return nil, false, nil
+	case !exists, other:
 		return nil, false, a.removeLayers(d, []string{id})
 	}
 	// The record alone does not tell: it may have reached the disk before the layer.
