@@ -1,12 +1,14 @@
 package image
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"path"
 	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
@@ -40,43 +42,77 @@ func readSaved(set files) ([]saved, error) {
 
 // dockerImages returns the images of a docker-save archive. It has no digests of the
 // layers' bytes; the config's diff ids verify them.
-func dockerImages(set files) ([]*Image, error) {
+func dockerImages(ctx context.Context, set files) ([]*Image, error) {
 	list, err := readSaved(set)
 	if err != nil {
 		return nil, err
 	}
 	var images []*Image
+	var known configs
+	have := map[string]*Image{}
 	for _, s := range list {
-		config, err := readSmall(set, s.Config, maxConfig)
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		key := strings.Join(append([]string{s.Config}, s.Layers...), "\x00")
+		if img := have[key]; img != nil {
+			img.Names = append(img.Names, s.RepoTags...)
+			continue
+		}
+		if err := tooMany(len(images) + 1); err != nil {
+			return nil, err
+		}
+		img, err := savedImage(ctx, set, s, &known)
 		if err != nil {
 			return nil, err
 		}
-		if err := checkConfigName(s.Config, config); err != nil {
-			return nil, err
-		}
-		layers := make([]Layer, 0, min(len(s.Layers), maxLayers))
-		for _, name := range s.Layers {
-			r, size, err := openNamed(set, name)
-			if err != nil {
-				return nil, err
-			}
-			if err := r.Close(); err != nil {
-				return nil, err
-			}
-			open := func() (io.ReadCloser, error) {
-				f, _, err := openNamed(set, name)
-				return f, err
-			}
-			layers = append(layers, Layer{Size: size, open: open})
-		}
-		img, err := newImage(config, layers)
-		if err != nil {
-			return nil, err
-		}
-		img.Names = s.RepoTags
+		have[key] = img
 		images = append(images, img)
 	}
 	return images, nil
+}
+
+// savedImage returns one image of manifest.json.
+func savedImage(ctx context.Context, set files, s saved, known *configs) (*Image, error) {
+	config, err := savedConfig(set, s.Config, known)
+	if err != nil {
+		return nil, err
+	}
+	layers := make([]Layer, 0, min(len(s.Layers), maxLayers))
+	for _, name := range s.Layers {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		r, size, err := openNamed(set, name)
+		if err != nil {
+			return nil, err
+		}
+		if err := r.Close(); err != nil {
+			return nil, err
+		}
+		open := func() (io.ReadCloser, error) {
+			f, _, err := openNamed(set, name)
+			return f, err
+		}
+		layers = append(layers, Layer{Size: size, open: open})
+	}
+	img, err := config.image(layers)
+	if err != nil {
+		return nil, err
+	}
+	img.Names = slices.Clone(s.RepoTags)
+	return img, nil
+}
+
+// savedConfig reads the config of this name.
+func savedConfig(set files, name string, known *configs) (*parsed, error) {
+	return known.get(name, func() ([]byte, error) {
+		config, err := readSmall(set, name, maxConfig)
+		if err != nil {
+			return nil, err
+		}
+		return config, checkConfigName(name, config)
+	})
 }
 
 // isHex is the form of a SHA-256.
@@ -98,7 +134,7 @@ func checkConfigName(name string, config []byte) error {
 
 // addSavedNames gives the images of an archive in both forms the full names that
 // manifest.json has, where the index has only a tag.
-func addSavedNames(set files, images []*Image) error {
+func addSavedNames(ctx context.Context, set files, images []*Image) error {
 	list, err := readSaved(set)
 	if errors.Is(err, ErrMissing) {
 		return nil // no second form
@@ -106,19 +142,27 @@ func addSavedNames(set files, images []*Image) error {
 	if err != nil {
 		return err
 	}
+	byID := map[digest.Digest]*Image{}
+	for _, img := range images {
+		byID[img.ConfigDigest] = img
+	}
+	var known configs
 	for _, s := range list {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
 		if len(s.RepoTags) == 0 {
 			continue
 		}
-		config, err := readSmall(set, s.Config, maxConfig)
+		config, err := savedConfig(set, s.Config, &known)
 		if err != nil {
 			return err
 		}
-		id := digest.FromBytes(config)
-		for _, img := range images {
-			if img.ConfigDigest == id {
-				img.Names = s.RepoTags
-			}
+		if err := tooMany(len(known.byName)); err != nil {
+			return err
+		}
+		if img := byID[config.id]; img != nil {
+			img.Names = s.RepoTags
 		}
 	}
 	return nil

@@ -74,8 +74,12 @@ func (t *tarFiles) open(name string) (io.ReadCloser, int64, error) {
 	return nil, 0, fmt.Errorf("%w: %q: too many links", ErrInvalid, name)
 }
 
-// maxMembers bounds the memory of an index. An image archive has a few names a layer.
-const maxMembers = 1 << 17
+// These bound the memory of an index. An image archive has a few names a layer.
+const (
+	maxMembers = 1 << 17
+	maxNames   = 32 << 20 // the names and links together
+	maxName    = 4096     // a longer one is no file of an image: no path is
+)
 
 // verdict is what the names of an archive tell of its kind.
 type verdict int
@@ -103,9 +107,12 @@ func judge(name string) verdict {
 
 // scanKind reads a tar until a name decides its kind. An archive without such a name is a
 // root filesystem.
-func scanKind(r io.Reader) (verdict, error) {
+func scanKind(ctx context.Context, r io.Reader) (verdict, error) {
 	tr := tar.NewReader(r)
 	for n := 0; ; n++ {
+		if err := ctx.Err(); err != nil {
+			return 0, err
+		}
 		h, err := tr.Next()
 		if err == io.EOF && n > 0 {
 			return isRootfs, nil
@@ -129,6 +136,7 @@ func indexTar(ctx context.Context, f *os.File) (*tarFiles, error) {
 		return nil, err
 	}
 	t := &tarFiles{f: f, members: map[string]member{}}
+	names := 0
 	tr := tar.NewReader(f) // seeks over bodies, so that its place after Next is the body's
 	for {
 		if err := ctx.Err(); err != nil {
@@ -143,6 +151,12 @@ func indexTar(ctx context.Context, f *os.File) (*tarFiles, error) {
 		}
 		if len(t.members) == maxMembers {
 			return nil, fmt.Errorf("%w: more than %d files in the archive", ErrInvalid, maxMembers)
+		}
+		if len(h.Name) > maxName || len(h.Linkname) > maxName {
+			continue
+		}
+		if names += len(h.Name) + len(h.Linkname); names > maxNames {
+			return nil, fmt.Errorf("%w: names of more than %d bytes in the archive", ErrInvalid, maxNames)
 		}
 		name := cleanMember(h.Name)
 		switch h.Typeflag {

@@ -33,6 +33,9 @@ const (
 	maxManifest = 4 << 20
 	maxConfig   = 8 << 20
 	maxLayers   = 1024
+	// Of one source, which may be one that somebody made to cost much:
+	maxImages  = 1024
+	maxConfigs = 64 << 20 // the configs together
 )
 
 // Kinds of sources.
@@ -142,15 +145,35 @@ func checkConfig(config []byte) (*v1.Image, error) {
 
 // newImage joins a config with the layers' openers. len(layers) is checked against the config.
 func newImage(config []byte, layers []Layer) (*Image, error) {
+	c, err := parseConfig(config)
+	if err != nil {
+		return nil, err
+	}
+	return c.image(layers)
+}
+
+// parsed is a config that has been checked.
+type parsed struct {
+	raw      []byte
+	id       digest.Digest
+	diffIDs  []digest.Digest
+	chainIDs []digest.Digest
+}
+
+func parseConfig(config []byte) (*parsed, error) {
 	c, err := checkConfig(config)
 	if err != nil {
 		return nil, err
 	}
-	if len(c.RootFS.DiffIDs) != len(layers) {
-		return nil, fmt.Errorf("%w: config has %d diff ids, manifest %d layers", ErrInvalid, len(c.RootFS.DiffIDs), len(layers))
+	return &parsed{config, digest.FromBytes(config), c.RootFS.DiffIDs, ChainIDs(c.RootFS.DiffIDs)}, nil
+}
+
+func (c *parsed) image(layers []Layer) (*Image, error) {
+	if len(c.diffIDs) != len(layers) {
+		return nil, fmt.Errorf("%w: config has %d diff ids, manifest %d layers", ErrInvalid, len(c.diffIDs), len(layers))
 	}
-	for i, chain := range ChainIDs(c.RootFS.DiffIDs) {
-		layers[i].DiffID, layers[i].ChainID = c.RootFS.DiffIDs[i], chain
+	for i, chain := range c.chainIDs {
+		layers[i].DiffID, layers[i].ChainID = c.diffIDs[i], chain
 	}
-	return &Image{Config: config, ConfigDigest: digest.FromBytes(config), Layers: layers}, nil
+	return &Image{Config: c.raw, ConfigDigest: c.id, Layers: layers}, nil
 }

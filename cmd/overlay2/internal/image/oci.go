@@ -1,6 +1,7 @@
 package image
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -29,8 +30,10 @@ const maxIndexDepth = 4
 
 // layout reads an OCI image layout.
 type layout struct {
+	ctx      context.Context //nolint:containedctx // of the reading of the layout, which ends before Open does
 	set      files
 	platform Platform
+	configs  *configs
 }
 
 // images returns the layout's images for the platform, one for each descriptor of its index.
@@ -58,11 +61,17 @@ func (l layout) images() ([]*Image, error) {
 		return nil, err
 	}
 	var images []*Image
-	byID := map[digest.Digest]*Image{}
+	byID, byManifest := map[digest.Digest]*Image{}, map[digest.Digest]*Image{}
 	for _, d := range picked {
-		img, err := l.image(d, 0)
-		if err != nil {
-			return nil, err
+		img := byManifest[d.Digest]
+		if img == nil {
+			if err := tooMany(len(byManifest) + 1); err != nil {
+				return nil, err
+			}
+			if img, err = l.image(d, 0); err != nil {
+				return nil, err
+			}
+			byManifest[d.Digest] = img
 		}
 		// The same image under a second name is one image.
 		if have := byID[img.ConfigDigest]; have != nil {
@@ -112,6 +121,9 @@ func (l layout) pick(manifests []v1.Descriptor) ([]v1.Descriptor, error) {
 
 // image follows a descriptor through indexes to one image.
 func (l layout) image(d v1.Descriptor, depth int) (*Image, error) {
+	if err := l.ctx.Err(); err != nil {
+		return nil, err
+	}
 	switch d.MediaType {
 	case v1.MediaTypeImageIndex, dockerList:
 		if depth == maxIndexDepth {
@@ -151,19 +163,23 @@ func (l layout) manifest(d v1.Descriptor) (*Image, error) {
 	default:
 		return nil, fmt.Errorf("%w: config of manifest %s has media type %q", ErrUnsupported, d.Digest, m.Config.MediaType)
 	}
-	config, err := l.blob(m.Config, maxConfig)
+	// The size is part of what is verified.
+	config, err := l.configs.get(fmt.Sprintf("%s %d", m.Config.Digest, m.Config.Size), func() ([]byte, error) { return l.blob(m.Config, maxConfig) })
 	if err != nil {
 		return nil, err
 	}
 	layers := make([]Layer, 0, min(len(m.Layers), maxLayers))
 	for _, ld := range m.Layers {
+		if err := l.ctx.Err(); err != nil {
+			return nil, err
+		}
 		layer, err := l.layer(ld)
 		if err != nil {
 			return nil, err
 		}
 		layers = append(layers, layer)
 	}
-	return newImage(config, layers)
+	return config.image(layers)
 }
 
 // layer checks a layer's descriptor and that its blob is there.

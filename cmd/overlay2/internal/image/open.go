@@ -46,7 +46,7 @@ func Open(ctx context.Context, path string, opts Options) (*Source, error) {
 		return nil, err
 	}
 	if st.IsDir() {
-		return openDir(path, opts)
+		return openDir(ctx, path, opts)
 	}
 	if !st.Mode().IsRegular() {
 		return nil, fmt.Errorf("%w: %s is neither a file nor a directory (to read a pipe, name it -)", ErrInvalid, path)
@@ -59,7 +59,7 @@ func Open(ctx context.Context, path string, opts Options) (*Source, error) {
 }
 
 // openDir opens an OCI layout, or an unpacked docker-save archive.
-func openDir(path string, opts Options) (*Source, error) {
+func openDir(ctx context.Context, path string, opts Options) (*Source, error) {
 	root, err := os.OpenRoot(path)
 	if err != nil {
 		return nil, err
@@ -77,18 +77,18 @@ func openDir(path string, opts Options) (*Source, error) {
 		err := fmt.Errorf("%w: directory %s holds neither oci-layout nor manifest.json", ErrInvalid, filepath.Clean(path))
 		return nil, errors.Join(err, root.Close())
 	}
-	return openSet(dirFiles{root}, kind, opts)
+	return openSet(ctx, dirFiles{root}, kind, opts)
 }
 
 // openSet reads the images of a set of files, which it owns from now on.
-func openSet(set files, kind string, opts Options) (s *Source, err error) {
+func openSet(ctx context.Context, set files, kind string, opts Options) (s *Source, err error) {
 	s = &Source{Kind: kind, closers: []io.Closer{set}}
 	if kind == KindOCI {
-		if s.Images, err = (layout{set, opts.Platform}).images(); err == nil {
-			err = addSavedNames(set, s.Images)
+		if s.Images, err = (layout{ctx, set, opts.Platform, &configs{}}).images(); err == nil {
+			err = addSavedNames(ctx, set, s.Images)
 		}
 	} else {
-		s.Images, err = dockerImages(set)
+		s.Images, err = dockerImages(ctx, set)
 	}
 	if err != nil {
 		return nil, errors.Join(err, s.Close())
@@ -129,7 +129,7 @@ func openFile(ctx context.Context, f *os.File, opts Options) (s *Source, err err
 			kind = KindOCI // newer docker save writes both; only OCI has the layers' digests
 		}
 	}
-	src, err := openSet(set, kind, opts)
+	src, err := openSet(ctx, set, kind, opts)
 	if err != nil {
 		// openSet has closed set.f, which may be f itself; a second Close would be an error.
 		if set.f == f {
@@ -156,13 +156,13 @@ func kindOf(ctx context.Context, f *os.File, opts Options) (verdict, error) {
 		if _, err := f.Seek(0, io.SeekStart); err != nil {
 			return 0, err
 		}
-		return scanKind(f)
+		return scanKind(ctx, f)
 	}
 	z, done, err := decompress(br)
 	if err != nil {
 		return 0, asInvalid(err)
 	}
-	v, err := scanKind(progressReader{z, r, opts.Progress})
+	v, err := scanKind(ctx, progressReader{z, r, opts.Progress})
 	if derr := done(); err == nil {
 		err = derr
 	}
