@@ -95,29 +95,43 @@ func (a *app) resolveParent(l *store.Layer, from string) error {
 	if from == "" {
 		return nil
 	}
-	img, err := a.image(from)
-	if err == nil {
+	img, parent, err := a.imageOrLayer(from)
+	if err != nil {
+		return err
+	}
+	if img != nil {
 		l.Image, l.Config = img.Name, img.Config
 		if n := len(img.Layers); n > 0 {
 			l.Parent = img.Layers[n-1]
 		}
 		return nil
 	}
-	if !errors.Is(err, store.ErrNotFound) {
-		return err
-	}
-	parent, err := a.store.Find(from)
-	if errors.Is(err, store.ErrNotFound) {
-		return fmt.Errorf("image or layer %q %w", from, store.ErrNotFound)
-	}
-	if err != nil {
-		return err
-	}
 	if parent.Pending {
 		return fmt.Errorf("layer %q %w: it was never finished", from, store.ErrNotFound)
 	}
 	l.Parent, l.Image, l.Config = parent.ID, parent.Image, parent.Config
 	return nil
+}
+
+// imageOrLayer finds what ref names: an image of this very name, a layer of this very name, an image with the tag "latest" added, or a
+// layer by the beginning of its id.
+func (a *app) imageOrLayer(ref string) (*store.Image, *store.Layer, error) {
+	img, err := a.store.Image(ref)
+	if !errors.Is(err, store.ErrNotFound) {
+		return img, nil, err
+	}
+	l, err := a.store.Layer(ref)
+	if !errors.Is(err, store.ErrNotFound) {
+		return nil, l, err
+	}
+	if img, err := a.image(ref); err == nil {
+		return img, nil, nil
+	}
+	l, err = a.store.Find(ref)
+	if errors.Is(err, store.ErrNotFound) {
+		err = fmt.Errorf("image or layer %q %w", ref, store.ErrNotFound)
+	}
+	return nil, l, err
 }
 
 // image finds an image by its name, with or without the tag "latest".

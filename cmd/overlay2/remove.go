@@ -54,22 +54,15 @@ func (a *app) rm(refs []string, force bool) error {
 }
 
 func (a *app) remove(d *overlay2.Driver, ref string, force bool) ([]string, error) {
-	img, err := a.image(ref)
-	if err == nil {
-		return a.removeImage(d, img, force)
-	}
+	img, l, err := a.imageOrLayer(ref)
 	if errors.Is(err, store.ErrRecord) {
-		return a.removeDamaged(d, ref, force)
-	}
-	if !errors.Is(err, store.ErrNotFound) {
-		return nil, err
-	}
-	l, err := a.store.Find(ref)
-	if errors.Is(err, store.ErrNotFound) {
-		return nil, fmt.Errorf("image or layer %q %w", ref, store.ErrNotFound)
+		return a.removeDamaged(d, ref, force, err)
 	}
 	if err != nil {
 		return nil, err
+	}
+	if img != nil {
+		return a.removeImage(d, img, force)
 	}
 	used, err := a.users(l.ID)
 	if err != nil {
@@ -101,7 +94,7 @@ func (a *app) all() ([]*store.Image, []*store.Layer, error) {
 }
 
 // removeDamaged removes an image whose record is damaged; its layers, if that does not tell them, stay.
-func (a *app) removeDamaged(d *overlay2.Driver, name string, force bool) ([]string, error) {
+func (a *app) removeDamaged(d *overlay2.Driver, name string, force bool, why error) ([]string, error) {
 	_, damaged, err := a.store.Images()
 	if err != nil {
 		return nil, err
@@ -115,7 +108,7 @@ func (a *app) removeDamaged(d *overlay2.Driver, name string, force bool) ([]stri
 		}
 		return a.removeImage(d, &store.Image{Name: name, Layers: i.Layers}, force)
 	}
-	return nil, fmt.Errorf("image %q %w", name, store.ErrNotFound)
+	return nil, why // it is a layer's record
 }
 
 // users returns what needs the layer: images and layers above it, in words.

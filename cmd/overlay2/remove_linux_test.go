@@ -96,3 +96,29 @@ func TestCheckListsUnneededLayers(t *testing.T) {
 	o.do("rm", "box", layers[1], layers[0])
 	o.empty()
 }
+
+// A name that is a layer's, too, is the image's only if it is the whole of it; "latest" is added to what names nothing else.
+func TestNameOfImageAndLayer(t *testing.T) {
+	o := newTool(t)
+	o.do("import", shipped, "--name", "web:latest")
+	o.do("create", "web", "--from", "web")
+	o.do("create", "above", "--from", "web")
+	var l listing
+	o.json(&l, "ls")
+	for _, s := range l.Layers {
+		if s.ID == "above" && s.Parent != "web" {
+			t.Errorf("it lies on %s", s.Parent)
+		}
+	}
+	o.do("rm", "above")
+	o.do("rm", "web")
+	if o.json(&l, "ls"); len(l.Images) != 1 || len(l.Layers) != 5 {
+		t.Errorf("%d images, %d layers", len(l.Images), len(l.Layers))
+	}
+	o.do("import", shipped, "--name", "db")
+	o.do("create", "box", "--from", "web") // the image: there is no layer
+	o.do("rm", "web")
+	o.fails(exitConflict, "in use by layer box", "rm", "db")
+	o.do("rm", "box", "db")
+	o.empty()
+}
