@@ -238,7 +238,6 @@ func (a *app) importOne(d *overlay2.Driver, bars *progress, name string, img *im
 		return r, err
 	}
 	var made []string
-	filled := false
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, a.removeLayers(d, made))
@@ -260,7 +259,6 @@ func (a *app) importOne(d *overlay2.Driver, bars *progress, name string, img *im
 			if err != nil {
 				return r, err
 			}
-			filled = true
 			if !again { // others may need one that was there
 				made = append(made, id)
 			}
@@ -269,11 +267,10 @@ func (a *app) importOne(d *overlay2.Driver, bars *progress, name string, img *im
 		r.Layers = append(r.Layers, importedLayer{id, l.DiffID.String(), have.Size, fresh})
 		parent = id
 	}
-	// The image's record promises that its layers are there, after a power cut too.
-	if filled {
-		if err := a.store.Sync(); err != nil {
-			return r, err
-		}
+	// The image's record promises that its layers are there, after a power cut too; those as well that were found, which
+	// may be of an import that was killed before it came here.
+	if err := a.store.Sync(); err != nil {
+		return r, err
 	}
 	if err := a.store.PutImage(record); err != nil {
 		return r, err
