@@ -35,8 +35,8 @@ directory or a tar of one), an archive of docker save, or the tar of a root file
 what SOURCE is, its content decides.
 
 Sizes, digests and diff ids are verified while the layers are unpacked. If anything is
-wrong nothing is left. A layer that is there already, under the same layers, is not
-read again.`,
+wrong nothing of the image is left; of several images those before it stay. A layer that
+is there already, over the same layers, is not read again.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error { return a.importImage(args[0], f) },
 	}
@@ -96,7 +96,7 @@ func (a *app) importImage(source string, f importFlags) (err error) {
 	// What has to be laid out or hashed beforehand is, before anybody is kept waiting by the lock.
 	var looking bar
 	src, err := image.Open(a.ctx, source, image.Options{
-		Kind: f.kind, Platform: platform, TempDir: a.store.Temp(), Stdin: a.in,
+		Kind: f.kind, Platform: platform, Ref: f.ref, TempDir: a.store.Temp(), Stdin: a.in,
 		Progress: func(n int64) {
 			if looking.bar == nil {
 				looking = bars.add("reading", total)

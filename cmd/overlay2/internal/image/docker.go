@@ -40,13 +40,26 @@ func readSaved(set files) ([]saved, error) {
 	return list, nil
 }
 
+// wanted returns those of list that have the name ref, and true; or all, if none has or there is no ref.
+func wanted[T any](list []T, ref string, names func(T) []string) ([]T, bool) {
+	if ref == "" {
+		return list, false
+	}
+	found := slices.DeleteFunc(slices.Clone(list), func(e T) bool { return !slices.Contains(names(e), ref) })
+	if len(found) == 0 {
+		return list, false
+	}
+	return found, true
+}
+
 // dockerImages returns the images of a docker-save archive. It has no digests of the
 // layers' bytes; the config's diff ids verify them.
-func dockerImages(ctx context.Context, set files) ([]*Image, error) {
+func dockerImages(ctx context.Context, set files, ref string) ([]*Image, error) {
 	list, err := readSaved(set)
 	if err != nil {
 		return nil, err
 	}
+	list, _ = wanted(list, ref, func(s saved) []string { return s.RepoTags })
 	var images []*Image
 	var known configs
 	have := map[string]*Image{}

@@ -36,40 +36,41 @@ type layout struct {
 	configs  *configs
 }
 
-// images returns the layout's images for the platform, one for each descriptor of its index.
-func (l layout) images() ([]*Image, error) {
+// images returns the layout's images for the platform, one for each descriptor of its index. If some have the name ref it is
+// only these, and named is true.
+func (l layout) images(ref string) (images []*Image, named bool, err error) {
 	raw, err := readSmall(l.set, v1.ImageLayoutFile, maxManifest)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	var marker v1.ImageLayout
 	if err := json.Unmarshal(raw, &marker); err != nil {
-		return nil, fmt.Errorf("%w: oci-layout: %w", ErrInvalid, err)
+		return nil, false, fmt.Errorf("%w: oci-layout: %w", ErrInvalid, err)
 	}
 	if !strings.HasPrefix(marker.Version, "1.") {
-		return nil, fmt.Errorf("%w: oci-layout: version %q", ErrUnsupported, marker.Version)
+		return nil, false, fmt.Errorf("%w: oci-layout: version %q", ErrUnsupported, marker.Version)
 	}
 	if raw, err = readSmall(l.set, v1.ImageIndexFile, maxManifest); err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	var index v1.Index
 	if err := json.Unmarshal(raw, &index); err != nil {
-		return nil, fmt.Errorf("%w: index.json: %w", ErrInvalid, err)
+		return nil, false, fmt.Errorf("%w: index.json: %w", ErrInvalid, err)
 	}
 	picked, err := l.pick(index.Manifests)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	var images []*Image
+	picked, named = wanted(picked, ref, names)
 	byID, byManifest := map[digest.Digest]*Image{}, map[digest.Digest]*Image{}
 	for _, d := range picked {
 		img := byManifest[d.Digest]
 		if img == nil {
 			if err := tooMany(len(byManifest) + 1); err != nil {
-				return nil, err
+				return nil, false, err
 			}
 			if img, err = l.image(d, 0); err != nil {
-				return nil, err
+				return nil, false, err
 			}
 			byManifest[d.Digest] = img
 		}
@@ -82,7 +83,7 @@ func (l layout) images() ([]*Image, error) {
 		byID[img.ConfigDigest] = img
 		images = append(images, img)
 	}
-	return images, nil
+	return images, named, nil
 }
 
 // names returns the references in a descriptor's annotations, the fullest first.

@@ -20,6 +20,9 @@ type Options struct {
 	Kind string
 	// Platform chooses from an index.
 	Platform Platform
+	// Ref, if set, says that only images of this name are wanted. Others are not read if the source tells the names
+	// without that.
+	Ref string
 	// TempDir is where a compressed archive and standard input are laid out for random
 	// access, as files without a name.
 	TempDir string
@@ -84,11 +87,13 @@ func openDir(ctx context.Context, path string, opts Options) (*Source, error) {
 func openSet(ctx context.Context, set files, kind string, opts Options) (s *Source, err error) {
 	s = &Source{Kind: kind, closers: []io.Closer{set}}
 	if kind == KindOCI {
-		if s.Images, err = (layout{ctx, set, opts.Platform, &configs{}}).images(); err == nil {
+		var named bool
+		s.Images, named, err = layout{ctx, set, opts.Platform, &configs{}}.images(opts.Ref)
+		if err == nil && !named {
 			err = addSavedNames(ctx, set, s.Images)
 		}
 	} else {
-		s.Images, err = dockerImages(ctx, set)
+		s.Images, err = dockerImages(ctx, set, opts.Ref)
 	}
 	if err != nil {
 		return nil, errors.Join(err, s.Close())
