@@ -13,12 +13,14 @@ import (
 	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"hash"
 	"io"
 	"log"
 	"os"
 	"os/exec"
+	"slices"
 	"syscall"
 
 	"github.com/bcc2decd/overlay2"
@@ -44,6 +46,15 @@ func build(home, basePath, newPath, command string) (err error) {
 		return err
 	}
 	defer func() { err = cmp.Or(err, d.Cleanup()) }()
+	// One build at a time: the others wait.
+	lock, err := os.Open(home)
+	if err != nil {
+		return err
+	}
+	defer func() { err = cmp.Or(err, lock.Close()) }()
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
+		return err
+	}
 	base, err := open(basePath)
 	if err != nil {
 		return err
@@ -54,6 +65,9 @@ func build(home, basePath, newPath, command string) (err error) {
 	}
 
 	const id = "build"
+	if err := d.Remove(id); err != nil { // a build that was killed may have left it
+		return err
+	}
 	if err := d.CreateReadWrite(id, parent, nil); err != nil {
 		return err
 	}
@@ -113,14 +127,27 @@ func unpack(d *overlay2.Driver, img v1.Image) (top string, err error) {
 			err = cmp.Or(err, r.Close())
 		}
 	}()
+	ids := make([]string, len(layers))
+	for i, diff := range config.RootFS.DiffIDs {
+		// A layer is what it is over those below: the image specification's chain id.
+		top = fmt.Sprintf("%x", sha256.Sum256([]byte(top+" "+diff.String())))
+		ids[i] = top
+	}
+	whole, err := countWhole(d, ids)
+	if err != nil {
+		return "", err
+	}
+	// What a crash left is made again, or filled again where it is if layers of another image lie on it.
+	for _, id := range slices.Backward(ids[whole:]) {
+		if err := d.Remove(id); err != nil && !errors.Is(err, overlay2.ErrLayerInUse) {
+			return "", err
+		}
+	}
 	var missing []overlay2.LayerDiff
 	below := ""
 	for i, l := range layers {
-		diff := config.RootFS.DiffIDs[i]
-		// A layer is what it is over those below: the image specification's chain id.
-		top = fmt.Sprintf("%x", sha256.Sum256([]byte(top+" "+diff.String())))
-		if len(missing) == 0 && d.Exists(top) {
-			below = top
+		if i < whole {
+			below = ids[i]
 			continue
 		}
 		r, err := l.Uncompressed()
@@ -128,10 +155,36 @@ func unpack(d *overlay2.Driver, img v1.Image) (top string, err error) {
 			return "", err
 		}
 		open = append(open, r)
-		missing = append(missing, overlay2.LayerDiff{ID: top, Diff: &verifier{r, sha256.New(), diff.Hex}})
+		diff := &verifier{r, sha256.New(), config.RootFS.DiffIDs[i].Hex}
+		if !d.Exists(ids[i]) {
+			missing = append(missing, overlay2.LayerDiff{ID: ids[i], Diff: diff})
+			continue
+		}
+		if _, err := d.ApplyDiff(ids[i], below, diff); err != nil {
+			return "", err
+		}
+		below = ids[i]
 	}
 	_, err = d.ApplyLayers(below, missing)
 	return top, err
+}
+
+// countWhole returns how many of the layers, from the lowest, are there with all their content. Exists alone does not tell: a
+// layer that was being filled at a crash, or that a power cut took, is there and ErrIncomplete.
+func countWhole(d *overlay2.Driver, ids []string) (int, error) {
+	for i, id := range ids {
+		f, err := d.Files(id)
+		if errors.Is(err, overlay2.ErrLayerNotFound) || errors.Is(err, overlay2.ErrIncomplete) {
+			return i, nil
+		}
+		if err != nil {
+			return 0, err
+		}
+		if err := f.Close(); err != nil {
+			return 0, err
+		}
+	}
+	return len(ids), nil
 }
 
 // verifier fails at the end of a stream that has another digest, so that no layer comes of it.

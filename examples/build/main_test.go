@@ -5,6 +5,7 @@ package main
 import (
 	"archive/tar"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -128,5 +129,47 @@ func TestBuildFails(t *testing.T) {
 	}
 	if n := layers(t, home); n != 3 {
 		t.Errorf("%d layers are left, want the three below the bad one", n)
+	}
+}
+
+// TestBuildAfterCrash: what a killed build left, and layers that were lost by a power cut, are made again.
+func TestBuildAfterCrash(t *testing.T) {
+	overlaytest.Require(t, "root")
+	base, dir := unpackBase(t), t.TempDir()
+	home := filepath.Join(dir, "home")
+	must(t, build(home, base, filepath.Join(dir, "first"), "true"))
+	had := layers(t, home)
+	d, err := overlay2.New(home, overlay2.Options{})
+	must(t, err)
+	must(t, d.CreateReadWrite("build", "", nil))
+	must(t, d.Cleanup())
+	must(t, build(home, base, filepath.Join(dir, "second"), "true"))
+
+	for _, lost := range []bool{false, true} {
+		tops, err := filepath.Glob(filepath.Join(home, "*", "diff"))
+		must(t, err)
+		for _, diff := range tops {
+			id := filepath.Base(filepath.Dir(diff))
+			must(t, os.Symlink("empty", filepath.Join(home, id, "incomplete")))
+			if !lost { // a kill leaves it at this
+				continue
+			}
+			link, err := os.ReadFile(filepath.Join(home, id, "link"))
+			must(t, err)
+			at := filepath.Join(home, "l", string(link))
+			must(t, os.Remove(at))
+			must(t, os.Symlink("../"+id+"/incomplete", at))
+		}
+		must(t, build(home, base, filepath.Join(dir, fmt.Sprint("third-", lost)), "test -x /bin/busybox"))
+		if n := layers(t, home); n != had {
+			t.Errorf("%d layers are kept, want %d", n, had)
+		}
+		d, err := overlay2.New(home, overlay2.Options{})
+		must(t, err)
+		problems, err := d.Check()
+		must(t, errors.Join(err, d.Cleanup()))
+		if len(problems) > 0 {
+			t.Errorf("check: %v", problems)
+		}
 	}
 }
