@@ -50,7 +50,7 @@ type cutter struct {
 }
 
 // runCuts cuts the power of a guest n times. If unsafe, nothing is synced in the guest, and a loss must be seen.
-func runCuts(ctx context.Context, o options, g guest) (err error) {
+func runCuts(ctx context.Context, o options, g guest, _ io.Writer) (err error) {
 	if !g.uml {
 		return errors.New("only user-mode Linux is quick enough to be killed many times")
 	}

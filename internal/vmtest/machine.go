@@ -6,9 +6,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -19,6 +21,7 @@ const (
 	umlProgram = "linux.uml"
 	umlModules = "/usr/lib/uml/modules"
 	memory     = "1536M"
+	guestCPUs  = 2 // of an emulated guest
 )
 
 // qemu returns the name of the emulator for an architecture.
@@ -42,6 +45,7 @@ type machine struct {
 	tests     []testBinary
 	testArgs  []string
 	silence   time.Duration // after which it is taken to hang
+	out       io.Writer     // for what is to be seen of it, in whole lines
 }
 
 // command makes disks and configuration and returns the process that is the guest.
@@ -166,7 +170,7 @@ func (m *machine) qemu(c spec.Config, images []string) (*exec.Cmd, error) {
 	}
 	args := model
 	args = append(args,
-		"-accel", "tcg,thread=multi,tb-size=256", "-m", memory, "-smp", "2", "-kernel", image, "-initrd", rd,
+		"-accel", "tcg,thread=multi,tb-size=256", "-m", memory, "-smp", strconv.Itoa(guestCPUs), "-kernel", image, "-initrd", rd,
 		"-append", "console="+console+" panic=-1 loglevel=4 random.trust_cpu=1 mitigations=off vmtest=/config.json "+m.guest.append,
 		"-nodefaults", "-display", "none", "-monitor", "none", "-no-reboot",
 		"-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console", "-device", "virtio-rng-pci",

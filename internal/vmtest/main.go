@@ -5,14 +5,18 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -22,7 +26,7 @@ type options struct {
 	repo, module, cache              string
 	guests, packages, run, skip      string
 	all, list, verbose, long, unsafe bool
-	cuts                             int
+	cuts, jobs                       int
 	slow                             float64
 }
 
@@ -40,6 +44,7 @@ func main() {
 	flag.BoolVar(&o.long, "long", false, "run tests without -test.short")
 	flag.IntVar(&o.cuts, "cuts", 0, "cut the power of a uml guest so many times while it works on layers")
 	flag.BoolVar(&o.unsafe, "unsafe", false, "with -cuts: nothing is synced, and it must be seen")
+	flag.IntVar(&o.jobs, "jobs", runtime.NumCPU(), "run so many guests at a time")
 	flag.Float64Var(&o.slow, "slow", 1, "give guests so many times their time, for a busy host")
 	flag.BoolVar(&o.verbose, "v", false, "show the whole console")
 	flag.Parse()
@@ -78,23 +83,76 @@ func vmtest(ctx context.Context, o options) error {
 	if err := install(chosen); err != nil {
 		return err
 	}
-	var failed []error
-	start := time.Now()
+	for _, g := range chosen { // before several guests want the same kernel at once
+		if !g.uml {
+			if _, err := kernelOf(g, o.cache); err != nil {
+				fmt.Printf("%s: %v\n", g.name, err) // it will be tried again, and fail for that guest
+			}
+		}
+	}
 	run := runGuest
 	if o.cuts > 0 {
 		run, chosen = runCuts, chosen[:1] // uml-6.1, if none is named
 	}
-	for _, g := range chosen {
-		if err := run(ctx, o, g); err != nil {
-			fmt.Printf("FAIL  %s: %v\n", g.name, err)
-			failed = append(failed, fmt.Errorf("%s: %w", g.name, err))
-		}
+	return runAll(ctx, o, chosen, run)
+}
+
+// runAll runs guests, o.jobs at a time.
+func runAll(ctx context.Context, o options, chosen []guest, run func(context.Context, options, guest, io.Writer) error) error {
+	start := time.Now()
+	jobs := max(1, min(o.jobs, len(chosen)))
+	if jobs > 1 && jobs*guestCPUs > runtime.NumCPU() {
+		o.slow *= 1.5 // they share processors
+	}
+	free := make(chan struct{}, jobs)
+	results := make([]error, len(chosen))
+	var all sync.WaitGroup
+	var mu sync.Mutex
+	for i, g := range chosen {
+		free <- struct{}{}
 		if ctx.Err() != nil {
 			break
 		}
+		out := &lineWriter{mu: &mu, w: os.Stdout}
+		if jobs > 1 {
+			out.prefix = g.name + ": "
+		}
+		all.Go(func() {
+			defer func() { <-free }()
+			if err := run(ctx, o, g, out); err != nil {
+				fmt.Fprintf(out, "FAIL  %s: %v\n", g.name, err)
+				results[i] = fmt.Errorf("%s: %w", g.name, err)
+			}
+		})
 	}
-	fmt.Printf("%d guests, %d failed, %.0f s\n", len(chosen), len(failed), time.Since(start).Seconds())
-	return errors.Join(failed...)
+	all.Wait()
+	failed := 0
+	for _, err := range results {
+		if err != nil {
+			failed++
+		}
+	}
+	fmt.Printf("%d guests, %d failed, %.0f s\n", len(chosen), failed, time.Since(start).Seconds())
+	return errors.Join(append(results, ctx.Err())...)
+}
+
+// lineWriter writes whole lines, each behind a prefix, to a writer that several share.
+type lineWriter struct {
+	mu     *sync.Mutex
+	w      io.Writer
+	prefix string
+}
+
+// Write takes text that ends with a line.
+func (l *lineWriter) Write(text []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for line := range bytes.Lines(text) {
+		if _, err := fmt.Fprintf(l.w, "%s%s", l.prefix, line); err != nil {
+			return 0, err
+		}
+	}
+	return len(text), nil
 }
 
 // choose returns the guests to run.
@@ -117,7 +175,7 @@ func split(list string) []string {
 }
 
 // runGuest builds the tests for a guest and runs them in it.
-func runGuest(ctx context.Context, o options, g guest) (err error) {
+func runGuest(ctx context.Context, o options, g guest, out io.Writer) (err error) {
 	g.timeout = time.Duration(float64(g.timeout) * o.slow)
 	tmp, err := os.MkdirTemp("", "vmtest-")
 	if err != nil {
@@ -133,7 +191,7 @@ func runGuest(ctx context.Context, o options, g guest) (err error) {
 		return err
 	}
 	m := &machine{guest: g, dir: tmp, repo: o.repo, cache: o.cache, guestInit: guestInit, tests: tests, testArgs: testArgs(o, g),
-		silence: time.Duration(float64(silence) * o.slow)}
+		silence: time.Duration(float64(silence) * o.slow), out: out}
 	r, err := m.run(ctx, o.verbose)
 	if err != nil {
 		return err

@@ -60,7 +60,7 @@ func (m *machine) run(ctx context.Context, verbose bool) (*report, error) {
 		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // it may have ended by itself
 	})
 	defer stop()
-	r := &report{guest: m.guest, verbose: verbose, alive: func() { quiet.Reset(m.silence) }}
+	r := &report{guest: m.guest, verbose: verbose, out: m.out, alive: func() { quiet.Reset(m.silence) }}
 	readErr := r.read(console)
 	waitErr := cmd.Wait()
 	if err := ctx.Err(); err != nil {
@@ -69,7 +69,7 @@ func (m *machine) run(ctx context.Context, verbose bool) (*report, error) {
 		readErr = fmt.Errorf("died: %w", errors.Join(waitErr, io.ErrUnexpectedEOF))
 	}
 	if readErr != nil {
-		fmt.Printf("---- the last of the console of %s:\n%s----\n", m.guest.name, strings.Join(r.console, ""))
+		fmt.Fprintf(m.out, "---- the last of the console of %s:\n%s----\n", m.guest.name, strings.Join(r.console, ""))
 	}
 	return r, readErr
 }
@@ -78,6 +78,7 @@ func (m *machine) run(ctx context.Context, verbose bool) (*report, error) {
 type report struct {
 	guest   guest
 	verbose bool
+	out     io.Writer
 
 	kernel  string
 	console []string // the last lines
@@ -141,7 +142,7 @@ func (r *report) line(line string) error {
 	case len(r.runs) > 0:
 		r.output(line)
 	case r.verbose:
-		fmt.Println(line)
+		fmt.Fprintln(r.out, line)
 	}
 	return nil
 }
@@ -152,7 +153,7 @@ func (r *report) start(line string) error {
 	if _, err := fmt.Sscan(line, &r.kernel, &page); err != nil {
 		return fmt.Errorf("%q: %w", line, err)
 	}
-	fmt.Printf("== %s: kernel %s, %s, pages of %d\n", r.guest.name, r.kernel, r.guest.arch, page)
+	fmt.Fprintf(r.out, "== %s: kernel %s, %s, pages of %d\n", r.guest.name, r.kernel, r.guest.arch, page)
 	if r.guest.pageSize != 0 && page != r.guest.pageSize {
 		return fmt.Errorf("the page size should be %d", r.guest.pageSize)
 	}
@@ -173,9 +174,9 @@ func (r *report) exit(line string) error {
 		r.show(r.test)
 	}
 	r.test = nil
-	fmt.Printf("%s  %-12s %-24s %4d passed %3d skipped %6.1f s\n", verdict, r.guest.name, run.name, run.passed, run.skipped, run.seconds)
+	fmt.Fprintf(r.out, "%s  %-12s %-24s %4d passed %3d skipped %6.1f s\n", verdict, r.guest.name, run.name, run.passed, run.skipped, run.seconds)
 	for _, s := range run.skips {
-		fmt.Println("      " + s)
+		fmt.Fprintln(r.out, "      "+s)
 	}
 	return nil
 }
@@ -185,7 +186,7 @@ func (r *report) exit(line string) error {
 func (r *report) output(line string) {
 	run := &r.runs[len(r.runs)-1]
 	if r.verbose {
-		fmt.Println(line)
+		fmt.Fprintln(r.out, line)
 	}
 	trimmed := strings.TrimSpace(line)
 	r.test = append(r.test, line)
@@ -216,7 +217,7 @@ func (r *report) show(lines []string) {
 			noise = noise || strings.HasPrefix(t, p)
 		}
 		if !noise {
-			fmt.Println(l)
+			fmt.Fprintln(r.out, l)
 		}
 	}
 }

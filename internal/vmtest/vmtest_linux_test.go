@@ -2,11 +2,18 @@ package main
 
 import (
 	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 )
 
 // console is what a guest prints: carriage returns, kernel messages, a test that is skipped
@@ -39,7 +46,7 @@ VMTEST end
 `
 
 func TestReport(t *testing.T) {
-	r := &report{guest: guest{name: "g"}}
+	r := &report{guest: guest{name: "g"}, out: io.Discard}
 	if err := r.read(strings.NewReader(console)); err != nil {
 		t.Fatal(err)
 	}
@@ -62,12 +69,12 @@ func TestReportOfADyingGuest(t *testing.T) {
 		{"VMTEST start 6.1.0 65536\n", "page size"},
 		{"VMTEST start 6.1.0 4096\nVMTEST run a\nVMTEST exit a\n", `"a"`},
 	} {
-		r := &report{guest: guest{pageSize: 4096}}
+		r := &report{guest: guest{pageSize: 4096}, out: io.Discard}
 		if err := r.read(strings.NewReader(c.console)); err == nil || !strings.Contains(err.Error(), c.says) {
 			t.Errorf("%q: %v", c.console, err)
 		}
 	}
-	r := &report{}
+	r := &report{out: io.Discard}
 	if err := r.read(strings.NewReader(strings.Repeat("line\n", 2*consoleLines))); err != nil || r.ended || len(r.console) != consoleLines {
 		t.Errorf("%v %v, %d lines kept", err, r.ended, len(r.console))
 	}
@@ -120,5 +127,38 @@ func TestChoose(t *testing.T) {
 	}
 	if got := names(options{guests: "uml-6.1,vax"}); !strings.Contains(got[0], "vax") {
 		t.Errorf("unknown: %q", got)
+	}
+}
+
+// TestRunAll: guests run so many at a time, their lines are told apart, and each that fails is named.
+func TestRunAll(t *testing.T) {
+	var running, most atomic.Int32
+	run := func(_ context.Context, _ options, g guest, out io.Writer) error {
+		most.Store(max(most.Load(), running.Add(1)))
+		defer running.Add(-1)
+		time.Sleep(20 * time.Millisecond)
+		if g.name == "b" {
+			return errors.New("broken")
+		}
+		return nil
+	}
+	chosen := []guest{{name: "a"}, {name: "b"}, {name: "c"}, {name: "d"}}
+	err := runAll(t.Context(), options{jobs: 2}, chosen, run)
+	if err == nil || err.Error() != "b: broken" {
+		t.Errorf("error %v", err)
+	}
+	if n := most.Load(); n > 2 {
+		t.Errorf("%d guests at a time", n)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := runAll(ctx, options{jobs: 2}, chosen, run); !errors.Is(err, context.Canceled) {
+		t.Errorf("canceled: %v", err)
+	}
+	var b bytes.Buffer
+	out := &lineWriter{mu: new(sync.Mutex), w: &b, prefix: "g: "}
+	fmt.Fprint(out, "one\ntwo\n")
+	if b.String() != "g: one\ng: two\n" {
+		t.Errorf("%q", b.String())
 	}
 }
