@@ -76,11 +76,10 @@ type problem struct {
 
 func (a *app) check() error {
 	problems := []problem{}
+	var unread error // what cannot be read is told after what can
 	err := a.existingLocked(func(d *overlay2.Driver) error {
-		found, err := d.Check()
-		if err != nil {
-			return err
-		}
+		var found []overlay2.Problem
+		found, unread = d.Check()
 		for _, p := range found {
 			problems = append(problems, problem{p.Path, p.Err.Error()})
 		}
@@ -97,11 +96,14 @@ func (a *app) check() error {
 				return err
 			}
 		}
-		if len(problems) == 0 {
+		if len(problems) == 0 && unread == nil {
 			return line("no problems")(w)
 		}
 		return nil
 	})
+	if err == nil && unread != nil {
+		return fmt.Errorf("check: %w", unread)
+	}
 	if err == nil && len(problems) > 0 {
 		return fmt.Errorf("check: %d problems %w", len(problems), errFound)
 	}
