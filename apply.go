@@ -138,9 +138,21 @@ func (d *Driver) beginApply(l *layer, state *layerState, parent bool) (mounted b
 		mounted = false
 	}
 	if mark == incompleteEmpty && !mounted {
-		return false, d.renewDiff(l, s)
+		return false, d.emptyDiff(l, s)
 	}
 	return mounted, nil
+}
+
+// emptyDiff gives the layer a new diff. The seal of a layer that never had a child, which names the old one, is renewed with it.
+func (d *Driver) emptyDiff(l *layer, s *staging) error {
+	sealed, err := d.listsAll(l, -1)
+	if err == nil {
+		err = d.renewDiff(l, s)
+	}
+	if err == nil && sealed {
+		err = d.setSeal(l, -1, unparented)
+	}
+	return err
 }
 
 // checkFillable returns ErrLayerInUse if another process uses the layer, or if it is mounted read-only, and
@@ -184,38 +196,29 @@ func (d *Driver) endApply(l *layer) error {
 	if err != nil {
 		return err
 	}
-	switch d.opts.Durability {
-	case DurabilityBackground:
-		return d.recordApply(l, s, link)
-	case DurabilityStrict:
-		return d.endStrictly(l, s, link)
-	}
-	if err := l.unmarkIncomplete(); err != nil {
+	turned, _ := s.leadsNowhere(l, []string{link}) // a link that is lost is not for an apply to mend
+	switch {
+	case d.opts.Durability == DurabilityBackground:
+		return d.recordApply(l, s, link, turned)
+	case turned: // two steps, which only a record ties together
+		err := d.recordApply(l, s, link, turned)
+		if err == nil && d.opts.Durability == DurabilityStrict {
+			err = d.flush(false)
+		}
 		return err
+	case d.opts.Durability == DurabilityStrict:
+		if err := d.syncfs(l.fd); err != nil {
+			return fmt.Errorf("sync: %w", err)
+		}
+		if err := l.unmarkIncomplete(); err != nil {
+			return err
+		}
+		if err := d.synced(sys.Fsync(l.fd)); err != nil {
+			return fmt.Errorf("sync: %w", err)
+		}
+		return nil
 	}
-	_, err = s.restoreLink(link, l.id)
-	return err
-}
-
-// endStrictly is endApply with DurabilityStrict.
-func (d *Driver) endStrictly(l *layer, s *staging, link string) error {
-	if err := d.syncfs(l.fd); err != nil {
-		return fmt.Errorf("sync: %w", err)
-	}
-	if err := l.unmarkIncomplete(); err != nil {
-		return err
-	}
-	if err := d.synced(sys.Fsync(l.fd)); err != nil {
-		return fmt.Errorf("sync: %w", err)
-	}
-	restored, err := s.restoreLink(link, l.id)
-	if err != nil || !restored {
-		return err
-	}
-	if err := d.syncfs(l.fd); err != nil {
-		return fmt.Errorf("sync: %w", err)
-	}
-	return nil
+	return l.unmarkIncomplete()
 }
 
 // markIncomplete makes the marker. It is a symlink, which is whole or not there, when power is cut too.

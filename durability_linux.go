@@ -370,21 +370,6 @@ func (s *staging) leadsNowhere(l *layer, links []string) (bool, error) {
 	return target == incompleteTarget(l.id), err
 }
 
-// restoreLink makes the link of a layer that has content again lead to it. It comes last, when the layer is whole but for it: what is
-// above must not be mounted over a layer that is still incomplete.
-func (s *staging) restoreLink(link, id string) (restored bool, err error) {
-	lfd, err := sys.OpenDirat(s.homefd, linkDir)
-	if err != nil {
-		return false, fmt.Errorf("%s: %w", linkDir, err)
-	}
-	target, err := sys.Readlinkat(lfd, link)
-	_ = sys.Close(lfd) // opened for reading: nothing can be lost
-	if err == nil && target == incompleteTarget(id) {
-		return true, s.setLink(link, linkTarget(id))
-	}
-	return false, nil // a link that is lost or leads elsewhere is not for an apply to mend
-}
-
 // restoreApplied restores the links of layers that were filled by a process that ended before it had.
 func (r *replay) restoreApplied(b *batch) error {
 	return r.eachApplied(b, func(link string) error {
@@ -392,8 +377,11 @@ func (r *replay) restoreApplied(b *batch) error {
 			if mark, err := l.incomplete(); err != nil || mark != "" {
 				return err
 			}
-			_, err := r.s.restoreLink(link, l.id)
-			return err
+			turned, err := r.s.leadsNowhere(l, []string{link})
+			if err != nil || !turned {
+				return err
+			}
+			return r.s.setLink(link, linkTarget(l.id))
 		})
 	})
 }
@@ -403,7 +391,9 @@ func (s *staging) setLink(link, target string) error {
 	tmp := newPrefix + rand.Text()
 	err := sys.Symlinkat(target, s.fd, tmp)
 	if err == nil {
-		err = unix.Renameat(s.fd, tmp, s.homefd, linkDir+"/"+link)
+		if err = unix.Renameat(s.fd, tmp, s.homefd, linkDir+"/"+link); err != nil {
+			err = errors.Join(err, sys.Unlinkat(s.fd, tmp, 0))
+		}
 	}
 	if err != nil {
 		return fmt.Errorf("%s/%s: %w", linkDir, link, err)

@@ -18,7 +18,7 @@ import (
 )
 
 // Where the mount that holds the home propagates, the layers' mounts would appear in other mount namespaces and stay busy
-// there. So New mounts the home on itself, privately. Such a mount outlives a process that is killed, and keeps the home from being
+// there. So New mounts the home on itself, privately, unless something is mounted beneath it, which that would cover. Such a mount outlives a process that is killed, and keeps the home from being
 // renamed: a record of it, staging/bound-ID -> INSTANCE, lets another Driver know it from one that somebody else has
 // made, use it and undo it. ID is the mount's, INSTANCE as in unsynced-*. Each Driver that uses the mount holds a
 // descriptor on it, so that it is busy for the others.
@@ -196,8 +196,8 @@ func (d *Driver) unrecordBound(id int) (err error) {
 		return ignoreAbsent(err)
 	}
 	defer s.close()
-	if err := sys.Flock(s.fd, unix.LOCK_EX); err != nil { // see bindHome
-		return err
+	if !lockSoon(s.fd, unix.LOCK_EX, time.Second) { // see bindHome
+		return nil // a record too many says nothing: whoever mounts a mount of this ID writes it anew
 	}
 	fd, now, _, err := d.mountOfHome()
 	if err != nil {

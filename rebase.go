@@ -65,6 +65,9 @@ func (d *Driver) rebase(id, parent string) error {
 	if err != nil {
 		return fmt.Errorf("parent %s: %w", parent, p.gone(err))
 	}
+	if err := d.checkUses(l, state); err != nil {
+		return err
+	}
 	unread, err := l.lockRebase(state)
 	if err != nil {
 		return err

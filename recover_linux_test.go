@@ -3,6 +3,7 @@ package overlay2
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -11,6 +12,7 @@ import (
 	"time"
 	"unsafe"
 
+	"github.com/bcc2decd/overlay2/archive"
 	"github.com/bcc2decd/overlay2/internal/overlaytest"
 	"github.com/bcc2decd/overlay2/internal/sys"
 	"github.com/bcc2decd/overlay2/quota"
@@ -51,66 +53,100 @@ func dieUnsynced(d *Driver) {
 	d.syncer.batch, d.syncer.adopted = nil, nil
 }
 
-// TestFilledAgainKilled: a layer with a child that lost its content in a power cut is filled again, and the process ends within the last steps of
-// that. Its child cannot be mounted while it is incomplete, and it can be filled once more, or is whole.
+// TestFilledAgainKilled: a layer with a child that lost its content in a power cut is filled again, and the process ends, or the disk is full,
+// within the last steps of that. Its child cannot be mounted while it is incomplete, and in the end it is whole or can be filled.
 func TestFilledAgainKilled(t *testing.T) {
+	overlaytest.Require(t, "root", "overlay")
 	data := makeTar(t, file("a", "1"))
-	lost := func(t *testing.T, mode Durability) (home string, d *Driver) {
-		overlaytest.NoLeaks(t)
-		home = t.TempDir() + "/home"
-		d, err := New(home, quietOptions(DurabilityBackground))
-		must(t, err)
-		apply(t, d, "low", "", data)
-		must(t, d.CreateReadWrite("box", "low", nil))
-		failUnsynced(t, d)
-		_ = d.Cleanup() // nothing more can be synced
-		d, err = New(home, quietOptions(mode))
-		must(t, err)
-		_, err = d.Get("box", "")
-		wantErr(t, err, ErrIncomplete)
-		return home, d
-	}
 	for _, mode := range []Durability{DurabilityBackground, DurabilityStrict, DurabilityOff} {
-		t.Run(mode.String(), func(t *testing.T) {
-			overlaytest.Require(t, "root", "overlay")
-			home, d := lost(t, mode)
-			l, err := openLayer(home, "low")
-			must(t, err)
-			state, unlock := d.layers.lock("low")
-			_, err = d.beginApply(l, state, false)
-			must(t, err)
-			must(t, os.WriteFile(home+"/low/diff/a", []byte("1"), 0o644))
-			// The link cannot be renamed to another mount: what the steps before that leave is what a kill there leaves.
-			must(t, unix.Mount(home+"/l", home+"/l", "", unix.MS_BIND, ""))
-			if err := d.endApply(l); err == nil {
-				t.Error("no error")
-			}
-			must(t, unix.Unmount(home+"/l", unix.MNT_DETACH))
-			unlock()
-			l.close()
-			if _, err := os.Lstat(home + "/low/incomplete"); !errors.Is(err, os.ErrNotExist) {
-				t.Errorf("it is not whole: %v", err)
-			}
-			_, err = d.Get("box", "")
-			wantErr(t, err, ErrIncomplete)
-			dieUnsynced(d)
-			next, err := New(home, quietOptions(mode))
-			must(t, err)
-			if mode != DurabilityBackground { // no record tells of it
-				_, err = next.Get("box", "")
-				wantErr(t, err, ErrIncomplete)
-				_, err = next.ApplyDiff("low", "", bytes.NewReader(data))
+		for _, killed := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%v, killed=%v", mode, killed), func(t *testing.T) {
+				overlaytest.NoLeaks(t)
+				home := t.TempDir() + "/home"
+				d, err := New(home, quietOptions(DurabilityBackground))
 				must(t, err)
-			}
-			path, err := next.Get("box", "")
-			must(t, err)
-			if b, err := os.ReadFile(path + "/a"); err != nil || string(b) != "1" {
-				t.Errorf("%q %v", b, err)
-			}
-			must(t, errors.Join(next.Put("box"), next.Cleanup(), d.Cleanup()))
-			wantNoProblem(t, next)
-		})
+				apply(t, d, "low", "", data)
+				must(t, d.CreateReadWrite("box", "low", nil))
+				failUnsynced(t, d)
+				_ = d.Cleanup() // nothing more can be synced
+				d, err = New(home, quietOptions(mode))
+				must(t, err)
+				wantIncomplete := func() {
+					t.Helper()
+					_, err = d.Get("box", "")
+					wantErr(t, err, ErrIncomplete)
+				}
+				wantIncomplete()
+				if killed {
+					fillAgainKilled(t, d, "low", data)
+					wantIncomplete()
+					dieUnsynced(d)
+					d, err = New(home, quietOptions(mode))
+					must(t, err)
+				} else {
+					// Nothing can be renamed to a link that lies on another mount.
+					must(t, unix.Mount(home+"/l", home+"/l", "", unix.MS_BIND, ""))
+					_, err := d.ApplyDiff("low", "", bytes.NewReader(data))
+					wantErr(t, err, unix.EXDEV)
+					must(t, unix.Unmount(home+"/l", unix.MNT_DETACH))
+					_, err = d.Diff("low", "")
+					wantErr(t, err, ErrIncomplete)
+					wantIncomplete()
+					_, err = d.ApplyDiff("low", "", bytes.NewReader(data))
+					must(t, err)
+				}
+				path, err := d.Get("box", "")
+				must(t, err)
+				if b, err := os.ReadFile(path + "/a"); err != nil || string(b) != "1" {
+					t.Errorf("%q %v", b, err)
+				}
+				must(t, errors.Join(d.Put("box"), d.Cleanup()))
+				wantNoProblem(t, d)
+			})
+		}
 	}
+}
+
+// fillAgainKilled does what ApplyDiff does, up to its last step.
+func fillAgainKilled(t *testing.T, d *Driver, id string, data []byte) {
+	t.Helper()
+	_, unlock := d.layers.lock(id)
+	defer unlock()
+	l, err := openLayer(d.home, id)
+	must(t, err)
+	defer l.close()
+	_, err = d.beginApply(l, &layerState{}, false)
+	must(t, err)
+	_, err = archive.Unpack(t.Context(), d.home+"/"+id+"/diff", bytes.NewReader(data), archive.UnpackOptions{})
+	must(t, err)
+	s, err := d.openStaging()
+	must(t, err)
+	defer s.close()
+	link, err := l.link()
+	must(t, err)
+	b, err := d.join(s)
+	must(t, err)
+	must(t, l.noteApplied(b, applyPrefix+link))
+	d.leave(b, syncWhole, time.Hour)
+}
+
+// TestRepairTurnsBack: the link of a whole layer that leads nowhere, of which no record tells, is mended by Repair.
+func TestRepairTurnsBack(t *testing.T) {
+	d := newTestDriver(t, t.TempDir()+"/home", quietOptions(DurabilityOff))
+	apply(t, d, "low", "", makeTar(t, file("a", "1")))
+	must(t, d.CreateReadWrite("box", "low", nil))
+	link, err := os.ReadFile(d.home + "/low/link")
+	must(t, err)
+	must(t, errors.Join(os.Remove(d.home+"/l/"+string(link)), os.Symlink(incompleteTarget("low"), d.home+"/l/"+string(link))))
+	if problems, err := d.Check(); err != nil || len(problems) == 0 {
+		t.Errorf("Check: %v %v", problems, err)
+	}
+	done, err := d.Repair(RepairOpts{})
+	if err != nil || len(done) != 1 {
+		t.Errorf("Repair: %v %v", done, err)
+	}
+	wantNoProblem(t, d)
+	getPut(t, d, "box", 1)
 }
 
 // TestStagingFile: a file or a link that a crash has left in staging is deleted where there are quotas, too.

@@ -69,6 +69,17 @@ func (p *planner) add(id, path, what, why string, do func(r *repairer) error) {
 // settle takes a layer's link as certain.
 func (p *planner) settle(id, link string) { p.own[id], p.owner[link] = link, id }
 
+// turnBack has the link of a whole layer lead to it, which was turned when its content was lost: a process that had filled it again
+// ended just before that.
+func (p *planner) turnBack(l *seenLayer) {
+	if p.h.links[l.link].target != incompleteTarget(l.id) || !l.incomplete.absent() || l.busy {
+		return
+	}
+	link, target := l.link, linkTarget(l.id)
+	p.add(l.id, linkPrefix+link, "make it lead to "+target, "the layer is whole", func(r *repairer) error { return r.setLink(link, target) })
+	p.h.links[link] = seenLink{target: target, id: l.id}
+}
+
 // planLinks finds out the link of each layer, where its link file and l/ disagree.
 func (p *planner) planLinks() {
 	claims := map[string]int{} // how many layers say that a link is theirs
@@ -77,6 +88,7 @@ func (p *planner) planLinks() {
 			claims[l.link]++
 			if p.h.links[l.link].id == id {
 				p.settle(id, l.link)
+				p.turnBack(l)
 			}
 		}
 	}

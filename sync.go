@@ -324,8 +324,9 @@ func (d *Driver) recordBegin(l *layer, link string) error {
 }
 
 // recordApply turns the marker of a layer that is being filled into the note that it is not on
-// the disk, by one rename: at any moment one of them is there. link is the layer's.
-func (d *Driver) recordApply(l *layer, s *staging, link string) error {
+// the disk, by one rename: at any moment one of them is there. link is the layer's; one that was turned, so that nothing is mounted
+// over the layer, leads to it again in the end.
+func (d *Driver) recordApply(l *layer, s *staging, link string, turned bool) error {
 	b, err := d.join(s)
 	if err != nil {
 		return err
@@ -334,8 +335,12 @@ func (d *Driver) recordApply(l *layer, s *staging, link string) error {
 	if err := l.noteApplied(b, applyPrefix+link); err != nil {
 		return err
 	}
-	_, err = s.restoreLink(link, l.id) // before the batch can be synced
-	return err
+	if turned { // before the batch can be synced
+		if err := s.setLink(link, linkTarget(l.id)); err != nil {
+			return errors.Join(err, l.markIncomplete())
+		}
+	}
+	return nil
 }
 
 // noteApplied turns the marker into an entry of the batch.

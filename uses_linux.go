@@ -211,13 +211,14 @@ func (d *Driver) checkUses(l *layer, state *layerState) error {
 	}
 	used := state.handed
 	if state.use != nil {
-		var err error
-		if used, err = sys.IdentFd(state.use.fd); err != nil {
+		st, err := sys.StatDir(state.use.fd, "")
+		if err != nil {
 			return err
 		}
+		used = st.Ident
 	}
-	now, err := sys.IdentDir(l.fd, sys.MakeName(diffName))
-	if err != nil || now.SameFile(used) {
+	now, err := sys.StatDir(l.fd, diffName)
+	if err != nil || now.Ident.SameFile(used) {
 		return nil //nolint:nilerr // what is damaged the caller sees
 	}
 	return d.endUses(state)
@@ -251,7 +252,8 @@ func (d *Driver) handOver() {
 	for _, id := range d.layers.ids() {
 		state, unlock := d.layers.lock(id)
 		if state.use != nil {
-			state.handed, _ = sys.IdentFd(state.use.fd) // without, the uses are taken for none
+			st, _ := sys.StatDir(state.use.fd, "") // without, the uses are taken for none
+			state.handed = st.Ident
 		}
 		d.giveUp(state)
 		unlock()

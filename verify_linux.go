@@ -43,7 +43,7 @@ func (d *Driver) recordLayer(ctx context.Context, id string) (err error) {
 	if err := l.lockHere(); err != nil {
 		return err
 	}
-	if err := errors.Join(l.checkWhole(), d.checkSynced(l)); err != nil {
+	if err := errors.Join(l.checkWhole(), d.checkSynced(l), d.checkUses(l, state)); err != nil {
 		return err
 	}
 	committed, err := l.has(committedName)

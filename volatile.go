@@ -79,6 +79,9 @@ func (d *Driver) resetVolatile(id string) error {
 		return err
 	}
 	defer l.close()
+	if err := d.checkUses(l, state); err != nil {
+		return err
+	}
 	if state.mounts > 0 {
 		return fmt.Errorf("%w: mounted", ErrLayerInUse)
 	}

@@ -26,7 +26,7 @@ func TestPackFileBecomesDevice(t *testing.T) {
 		if i == len(nodeTexts) {
 			must(t, os.Mkdir(filepath.Join(base, "m"), 0o755))
 			must(t, unix.Mount(t.TempDir(), filepath.Join(base, "m"), "", unix.MS_BIND, ""))
-			defer func() { must(t, unix.Unmount(filepath.Join(base, "m"), unix.MNT_DETACH)) }()
+			t.Cleanup(func() { must(t, unix.Unmount(filepath.Join(base, "m"), unix.MNT_DETACH)) })
 		}
 		for _, f := range []Format{OverlayTrusted, OverlayUser, Merged} {
 			dir := filepath.Join(base, fmt.Sprint(i, f))
@@ -66,7 +66,7 @@ func TestPackMountsBelow(t *testing.T) {
 	overlaytest.Build(t, other, "file f \"shown\"\nfile g/h \"too\"")
 	for from, to := range map[string]string{other: "m", filepath.Join(other, "f"): "n"} {
 		must(t, unix.Mount(from, filepath.Join(dir, to), "", unix.MS_BIND, ""))
-		defer func() { must(t, unix.Unmount(filepath.Join(dir, to), unix.MNT_DETACH)) }()
+		t.Cleanup(func() { must(t, unix.Unmount(filepath.Join(dir, to), unix.MNT_DETACH)) })
 	}
 	const want = "m/ 5 755 0:0\nm/f 0 644 0:0 \"shown\"\nm/g/ 5 755 0:0\nm/g/h 0 644 0:0 \"too\"\nn 0 644 0:0 \"shown\"\no 0 644 0:0\n"
 	for _, f := range []Format{OverlayTrusted, OverlayUser, Merged} {

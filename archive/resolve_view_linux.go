@@ -73,7 +73,7 @@ func (b *builder) viewDown(from *dirNode, way []*dirNode) (view *mergedDir, err 
 
 // maxViewDirs is how many directories of lower layers the views on the stack keep open, so that deep trees over many
 // layers need no descriptor for each directory of each. Besides, the root, the lowest open directory, the one
-// that was looked at last and its parent keep theirs: others would be found again and again.
+// that was looked at last, the highest, and the parents of both keep theirs: others would be found again and again.
 const maxViewDirs = 256
 
 // keepView notes what merges at n, and closes views nearer to the root if they have too much open.
@@ -87,8 +87,9 @@ func (b *builder) keepView(n *dirNode, view *mergedDir) {
 	if b.firstOpen > 1 {
 		first = b.firstOpen + 1 // from there limitOpen goes on
 	}
+	top := b.top()
 	for i := first; i < len(b.stack) && b.viewDirs > maxViewDirs; i++ {
-		if old := b.stack[i]; old != n && old != n.parent {
+		if old := b.stack[i]; old != n && old != n.parent && old != top && old != top.parent {
 			b.dropView(old)
 		}
 	}

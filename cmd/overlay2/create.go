@@ -124,8 +124,8 @@ func (a *app) imageOrLayer(ref string) (*store.Image, *store.Layer, error) {
 	if !errors.Is(err, store.ErrNotFound) {
 		return nil, l, err
 	}
-	if img, err := a.image(ref); err == nil {
-		return img, nil, nil
+	if img, err := a.image(ref); !errors.Is(err, store.ErrNotFound) {
+		return img, nil, err
 	}
 	l, err = a.store.Find(ref)
 	if errors.Is(err, store.ErrNotFound) {
@@ -138,8 +138,8 @@ func (a *app) imageOrLayer(ref string) (*store.Image, *store.Layer, error) {
 func (a *app) image(name string) (*store.Image, error) {
 	img, err := a.store.Image(name)
 	if errors.Is(err, store.ErrNotFound) {
-		if img, lerr := a.store.Image(name + ":latest"); lerr == nil {
-			return img, nil
+		if img, lerr := a.store.Image(name + ":latest"); !errors.Is(lerr, store.ErrNotFound) {
+			return img, lerr
 		}
 	}
 	return img, err

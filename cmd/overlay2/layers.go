@@ -47,7 +47,16 @@ func (a *app) haveLayer(d *overlay2.Driver, id, parent string, diffID digest.Dig
 	if l != nil && !l.Pending {
 		return l, false, nil
 	}
-	return nil, false, a.removeLayers(d, []string{id})
+	err = a.removeLayers(d, []string{id})
+	if l == nil || !errors.Is(err, overlay2.ErrLayerInUse) {
+		return nil, false, err
+	}
+	// It was filled again, beneath others, from a tar that was verified, and the import ended before its record said so.
+	l.Parent, l.DiffID, l.Pending = parent, diffID, false
+	if l.Size, err = d.DiffSize(id, parent); err != nil {
+		return nil, false, err
+	}
+	return l, false, a.store.StageLayer(l)
 }
 
 // isWhole asks the driver whether a layer that is there has all its content.

@@ -100,13 +100,13 @@ func (a *app) removeDamaged(d *overlay2.Driver, name string, force bool, why err
 		return nil, err
 	}
 	for _, i := range damaged {
-		if i.Name != name {
+		if i.Name != name && i.Name != name+":latest" {
 			continue
 		}
 		if i.Layers == nil {
-			return []string{name}, a.store.DeleteImage(name)
+			return []string{i.Name}, a.store.DeleteImage(i.Name)
 		}
-		return a.removeImage(d, &store.Image{Name: name, Layers: i.Layers}, force)
+		return a.removeImage(d, &store.Image{Name: i.Name, Layers: i.Layers}, force)
 	}
 	return nil, why // it is a layer's record
 }

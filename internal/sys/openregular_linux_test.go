@@ -34,7 +34,7 @@ func TestOpenRegular(t *testing.T) {
 		"char": ErrNotRegular, "block": ErrNotRegular,
 	} {
 		f, err := OpenRegular(fd, MakeName(name))
-		if err != want {
+		if !errors.Is(err, want) {
 			t.Errorf("%s: %v, want %v", name, err, want)
 		}
 		if err != nil {
@@ -62,7 +62,7 @@ func TestCloneNoDevices(t *testing.T) {
 		"file": nil, "dir": nil, "none": unix.ENOENT, "symlink": unix.ELOOP, "char": unix.EACCES, "block": unix.EACCES,
 	} {
 		f, err := OpenUnsafe(clone, MakeName(name))
-		if err != want {
+		if !errors.Is(err, want) {
 			t.Errorf("%s: %v, want %v", name, err, want)
 		}
 		if err == nil {

@@ -143,7 +143,7 @@ func (r *Recorder) fits(dir string) (fits bool, err error) {
 		return false, err
 	}
 	defer func() { err = errors.Join(err, z.Close(), root.Close()) }()
-	n, seen := int64(0), map[string]bool{}
+	n, seen := int64(0), map[[2]uint64]bool{} // a name may lead through a symlink to a file of another name
 	for entries := storage.NewJSONUnpacker(z); ; {
 		e, err := entries.Next()
 		if err == io.EOF {
@@ -162,10 +162,14 @@ func (r *Recorder) fits(dir string) (fits bool, err error) {
 		n += e.Size
 		name := clean(e.GetName())
 		st, err := root.Lstat(name)
-		if err != nil || !st.Mode().IsRegular() || st.Size() != e.Size || seen[name] {
+		if err != nil || !st.Mode().IsRegular() || st.Size() != e.Size {
 			return false, nil
 		}
-		seen[name] = true
+		id, ok := inodeOf(st)
+		if !ok || seen[id] {
+			return false, nil
+		}
+		seen[id] = true
 	}
 }
 
