@@ -175,6 +175,7 @@ func TestLimitDigests(t *testing.T) {
 		if err == nil || u.Bytes > u.MaxBytes && !errors.Is(err, unix.EDQUOT) {
 			t.Errorf("%v, %+v", err, u)
 		}
+		must(t, d.Remove("box")) // which Check tells of
 	})
 }
 
