@@ -138,6 +138,18 @@ func TestRemovedByOthers(t *testing.T) {
 				getPut(t, d, "box", 1)
 				must(t, d.Remove("box"))
 			},
+			"Create elsewhere, Rebase": func(t *testing.T, d *Driver) {
+				other, err := New(d.home, quietOptions(DurabilityOff))
+				must(t, err)
+				must(t, errors.Join(other.CreateReadWrite("box", "layer2", nil), other.Cleanup()))
+				must(t, errors.Join(d.Rebase("box", "layer1"), d.Remove("box")))
+			},
+			"Create elsewhere, RecordDigests": func(t *testing.T, d *Driver) {
+				other, err := New(d.home, quietOptions(DurabilityOff))
+				must(t, err)
+				must(t, errors.Join(other.CreateReadWrite("box", "layer2", nil), other.Cleanup()))
+				must(t, errors.Join(d.RecordDigests(t.Context(), "box"), d.Remove("box")))
+			},
 			"Create elsewhere, Remove": func(t *testing.T, d *Driver) {
 				other, err := New(d.home, quietOptions(DurabilityOff))
 				must(t, err)

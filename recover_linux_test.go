@@ -215,3 +215,25 @@ func TestProjectPowerCut(t *testing.T) {
 	getPut(t, d, "box", 1)
 	must(t, d.Cleanup())
 }
+
+// TestFilledAgainSealed: a layer that is filled again after an apply that failed need not be sought in all chains to be removed.
+func TestFilledAgainSealed(t *testing.T) {
+	d := newTestDriver(t, t.TempDir()+"/home", quietOptions(DurabilityOff))
+	must(t, d.Create("base", "", nil))
+	data := makeTar(t, file("a", "1"))
+	_, err := d.ApplyDiff("base", "", bytes.NewReader(data[:600]))
+	wantErr(t, err, archive.ErrFormat)
+	before, err := os.Readlink(d.home + "/base/listed")
+	must(t, err)
+	_, err = d.ApplyDiff("base", "", bytes.NewReader(data))
+	must(t, err)
+	l, err := openLayer(d.home, "base")
+	must(t, err)
+	defer l.close()
+	if sealed, err := d.listsAll(l, -1); err != nil || !sealed {
+		t.Errorf("sealed: %v %v", sealed, err)
+	}
+	if after, err := os.Readlink(d.home + "/base/listed"); err != nil || after == before {
+		t.Errorf("%s, before %s: %v", after, before, err)
+	}
+}
