@@ -266,7 +266,7 @@ func (r *replay) rewrite(l *layer, name, content string) error {
 
 // rewriteWithin is rewrite by a file in the layer's own directory.
 func rewriteWithin(l *layer, name, content string) error {
-	tmp := name + ".new"
+	tmp := name + newSuffix
 	if err := ignoreAbsent(sys.Unlinkat(l.fd, tmp, 0)); err != nil {
 		return err
 	}

@@ -18,8 +18,8 @@ import (
 )
 
 // Where the mount that holds the home propagates, the layers' mounts would appear in other mount namespaces and stay busy
-// there. So New mounts the home on itself, privately, unless something is mounted beneath it, which that would cover. Such a mount outlives a process that is killed, and keeps the home from being
-// renamed: a record of it, staging/bound-ID -> INSTANCE, lets another Driver know it from one that somebody else has
+// there. So New mounts the home on itself, privately, unless something is mounted beneath it, which that would cover. Such a
+// mount outlives a process that is killed, and keeps the home from being renamed: a record of it, staging/bound-ID -> INSTANCE, lets another Driver know it from one that somebody else has
 // made, use it and undo it. ID is the mount's, INSTANCE as in unsynced-*. Each Driver that uses the mount holds a
 // descriptor on it, so that it is busy for the others.
 

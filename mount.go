@@ -364,10 +364,14 @@ func (d *Driver) openUsed(id string, state *layerState) (*layer, error) {
 		return &layer{home: d.home, id: id, fd: fd}, nil
 	}
 	l, err := openLayer(d.home, id)
-	if err == nil {
-		err = d.checkUses(l, state)
+	if err != nil {
+		return nil, err
 	}
-	return l, err
+	if err := d.checkUses(l, state); err != nil {
+		l.close()
+		return nil, err
+	}
+	return l, nil
 }
 
 // unmountMerged detaches the mount at the layer's merged, if there is one, and removes

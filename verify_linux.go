@@ -20,8 +20,8 @@ import (
 const newDigestsName = digestsName + newSuffix
 
 // RecordDigests reads the layer and records a digest of each of its files, for Verify, in place of what was
-// recorded before. With Options.RecordDigests ApplyDiff and ApplyLayers do it by themselves, unless the holes are too large. A layer that is mounted for
-// writing is ErrLayerInUse. It costs reading the layer, holes of sparse files too; memory is that for the names of the
+// recorded before. With Options.RecordDigests ApplyDiff and ApplyLayers do it by themselves, unless the holes are too large.
+// A layer that is mounted for writing is ErrLayerInUse. It costs reading the layer, holes of sparse files too; memory is that for the names of the
 // longest directory and for hard links. Other calls on the layer wait. It ends early with the error of ctx, and what was recorded
 // before stays.
 func (d *Driver) RecordDigests(ctx context.Context, id string) error {
